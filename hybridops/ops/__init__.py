@@ -1,0 +1,20 @@
+"""The five ops. Each file reads meaning (reference), contract (schema, fake), gradient, door (checks)."""
+
+from .attention import attention
+from .conv_stem import ConvLayer, MaxPool, conv_stem, pack_conv
+from .linear import linear, pack_linear
+from .patch_embed import pack_patch, patch_embed
+from .peg import peg
+
+__all__ = [
+    "ConvLayer",
+    "MaxPool",
+    "attention",
+    "conv_stem",
+    "linear",
+    "pack_conv",
+    "pack_linear",
+    "pack_patch",
+    "patch_embed",
+    "peg",
+]

@@ -1,0 +1,88 @@
+"""What the five op files share: activations by name, checks with one wording, autocast registration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# The position is the code that crosses into C++ (csrc/simd/activation.h).
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda x: x,
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "silu": F.silu,
+    "hardswish": F.hardswish,
+}
+ACTIVATION_NAMES = tuple(ACTIVATIONS)
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+LARGEST = 2**31 - 1
+
+library = torch.library.Library("hybridops", "DEF")
+
+
+def activation_code(op: str, name: str) -> int:
+    if name not in ACTIVATIONS:
+        raise ValueError(f"{op}: activation must be one of {', '.join(ACTIVATIONS)}, got {name!r}")
+    return ACTIVATION_NAMES.index(name)
+
+
+def activate(x: Tensor, code: int) -> Tensor:
+    return ACTIVATIONS[ACTIVATION_NAMES[code]](x)
+
+
+def activation_backward(dy: Tensor, z: Tensor, code: int) -> Tensor:
+    """Gradient of activation `code` at its input z."""
+    aten = torch.ops.aten
+    match ACTIVATION_NAMES[code]:
+        case "none":
+            return dy
+        case "relu":
+            return aten.threshold_backward(dy, z, 0)
+        case "gelu":
+            return aten.gelu_backward(dy, z)
+        case "gelu_tanh":
+            return aten.gelu_backward(dy, z, approximate="tanh")
+        case "silu":
+            return aten.silu_backward(dy, z)
+        case _:
+            return aten.hardswish_backward(dy, z)
+
+
+def check_tensor(op: str, name: str, x: object, ndim: int | None, like: Tensor | None = None) -> None:
+    """x is a floating-point tensor of that rank, with the dtype and device of `like`."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{op}: {name} must be a Tensor, got {type(x).__name__}")
+    if x.dtype not in FLOATS:
+        raise TypeError(f"{op}: {name} must be a floating-point tensor, got {x.dtype}")
+    if ndim is not None and x.ndim != ndim:
+        raise ValueError(f"{op}: {name} must have {ndim} dimensions, got shape {tuple(x.shape)}")
+    if like is not None and x.dtype != like.dtype:
+        raise TypeError(f"{op}: {name} must be {like.dtype} like the input, got {x.dtype}")
+    if like is not None and x.device != like.device:
+        raise ValueError(f"{op}: {name} must be on {like.device} like the input, got {x.device}")
+
+
+def check_shape(op: str, name: str, x: Tensor, expected: tuple[int, ...]) -> None:
+    if tuple(x.shape) != expected:
+        raise ValueError(f"{op}: {name} must have shape {expected}, got {tuple(x.shape)}")
+
+
+def check_int(op: str, name: str, value: object, low: int, high: int = LARGEST) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{op}: {name} must be an int, got {type(value).__name__}")
+    if not low <= value <= high:
+        raise ValueError(f"{op}: {name} must be in [{low}, {high}], got {value}")
+
+
+def autocast(x: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Under autocast, fp32 tensors in autocast's dtype (as torch's own matrix products take them)."""
+    device = x.device.type
+    if not torch.is_autocast_enabled(device):
+        return (x, *others)
+    dtype = torch.get_autocast_dtype(device)
+    wide = (torch.float32, torch.float16, torch.bfloat16)
+    return tuple(t.to(dtype) if t is not None and t.dtype in wide else t for t in (x, *others))

@@ -1,0 +1,157 @@
+"""Flash-style multi-head attention: never materialises the Nq x Nk scores.
+
+    out = activation(softmax(scale * q @ k.T + bias, over the keys that are not padding) @ v)
+
+The bias is dense and broadcastable, or a table read through an index (LeViT, Swin); both have a deterministic gradient.
+A row whose keys are all masked gives zeros, as torch's scaled_dot_product_attention does.
+FlashAttention-2 (Dao 2023) is the source of the backward: P is recomputed from the saved log-sum-exp.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .. import backend
+from ._contract import activate, activation_backward, activation_code, autocast, check_shape, check_tensor, library
+
+
+# meaning
+def attention_reference(q, k, v, bias, bias_index, key_padding_mask, scale, activation):
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    scores = (q * scale) @ k.transpose(-2, -1)
+    if bias is not None:
+        scores = scores + (bias if bias_index is None else bias[:, bias_index.long()])
+    if key_padding_mask is not None:
+        scores = scores.masked_fill(key_padding_mask[:, None, None, :], -math.inf)
+    dead = (scores == -math.inf).all(-1, keepdim=True)
+    p = scores.masked_fill(dead, 0.0).softmax(-1).masked_fill(dead, 0.0)
+    return activate((p @ v).transpose(1, 2).contiguous(), activation)
+
+
+# contract
+ARGS = (
+    "Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? bias_index, Tensor? key_padding_mask, float scale, "
+    "int activation"
+)
+library.define(f"attention({ARGS}) -> (Tensor, Tensor)")
+library.define(
+    "attention_backward(Tensor dy, Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? bias_index, "
+    "Tensor? key_padding_mask, Tensor out, Tensor lse, float scale, bool needs_dbias) "
+    "-> (Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+@torch.library.register_fake("hybridops::attention", lib=library)
+def _(q, k, v, *args):
+    B, Nq, H, _ = q.shape
+    return q.new_empty((B, Nq, H, v.shape[3])), q.new_empty((B, H, Nq), dtype=torch.float32)
+
+
+@torch.library.register_fake("hybridops::attention_backward", lib=library)
+def _(dy, q, k, v, bias, bias_index, key_padding_mask, out, lse, scale, needs_dbias):
+    dbias = q.new_empty(bias.shape if needs_dbias else (0,), dtype=torch.float32)
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dbias
+
+
+# gradient
+def _setup(ctx, inputs, output):
+    q, k, v, bias, bias_index, key_padding_mask, ctx.scale, ctx.activation = inputs
+    out, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.save_for_backward(q, k, v, bias, bias_index, key_padding_mask, out, lse)
+
+
+def _gradient(ctx, dy, _):
+    q, k, v, bias, bias_index, key_padding_mask, out, lse = ctx.saved_tensors
+    if ctx.activation:  # the kernel stored activation(out): get out back
+        out, lse = _forward(q, k, v, bias, bias_index, key_padding_mask, ctx.scale, 0)
+        dy = activation_backward(dy.contiguous(), out, ctx.activation)
+    needs_dbias = bias is not None and ctx.needs_input_grad[3]
+    dq, dk, dv, dbias = _backward(
+        dy, q, k, v, bias, bias_index, key_padding_mask, out, lse, ctx.scale, needs_dbias
+    )
+    return dq, dk, dv, dbias.to(bias.dtype) if needs_dbias else None, None, None, None, None
+
+
+torch.library.register_autograd("hybridops::attention", _gradient, setup_context=_setup, lib=library)
+
+_forward = torch.ops.hybridops.attention.default
+_backward = torch.ops.hybridops.attention_backward.default
+
+
+# door
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    bias: Tensor | None = None,
+    bias_index: Tensor | None = None,
+    key_padding_mask: Tensor | None = None,
+    scale: float | None = None,
+    activation: str = "none",
+) -> Tensor:
+    """q (B, Nq, H, D), k (B, Nk, H, D), v (B, Nk, H, Dv), any strides -> (B, Nq, H, Dv), contiguous.
+
+    bias: (1 or B, 1 or H, Nq, Nk) or (H, Nq, Nk), added to the scaled scores; or, with bias_index (Nq, Nk) of
+    integers in [0, T), a table (H, T) of which score [h, i, j] takes bias[h, bias_index[i, j]].
+    key_padding_mask: (B, Nk) bool, True where the key is padding. scale: default D**-0.5.
+    activation is applied to the output (LeViT's Hardswish): none, relu, gelu, gelu_tanh, silu, hardswish.
+
+    fp32 and bf16 (fp32 accumulation) have a CPU kernel; other dtypes go to the reference.
+    Raises ValueError for shapes that do not fit, TypeError for dtypes, IndexError for a bias_index outside the table.
+    """
+    code = activation_code("attention", activation)
+    if torch.is_autocast_enabled(q.device.type if isinstance(q, Tensor) else "cpu"):
+        q, k, v, bias = autocast(q, k, v, bias)
+    check_tensor("attention", "q", q, 4)
+    check_tensor("attention", "k", k, 4, like=q)
+    check_tensor("attention", "v", v, 4, like=q)
+    (B, Nq, H, D), (Bk, Nk, Hk, Dk), (Bv, Nv, Hv, _) = q.shape, k.shape, v.shape
+    if (Bk, Hk, Dk) != (B, H, D):
+        raise ValueError(f"attention: k must be ({B}, Nk, {H}, {D}) like q, got {tuple(k.shape)}")
+    if (Bv, Nv, Hv) != (B, Nk, H):
+        raise ValueError(f"attention: v must be ({B}, {Nk}, {H}, Dv) like k, got {tuple(v.shape)}")
+    if bias_index is not None:
+        bias_index = _check_index(bias, bias_index, q, (H, Nq, Nk))
+    elif bias is not None:
+        bias = _check_bias(bias, q, (B, H, Nq, Nk))
+    if key_padding_mask is not None:
+        if not isinstance(key_padding_mask, Tensor) or key_padding_mask.dtype != torch.bool:
+            raise TypeError("attention: key_padding_mask must be a bool tensor, True where the key is padding")
+        check_shape("attention", "key_padding_mask", key_padding_mask, (B, Nk))
+    if scale is None:
+        scale = D**-0.5 if D else 1.0
+    elif not isinstance(scale, (int, float)) or isinstance(scale, bool):
+        raise TypeError(f"attention: scale must be a number, got {type(scale).__name__}")
+    if not math.isfinite(scale):
+        raise ValueError(f"attention: scale must be finite, got {scale}")
+    if backend.which("attention", q) == "reference":
+        return attention_reference(q, k, v, bias, bias_index, key_padding_mask, scale, code)
+    return _forward(q, k, v, bias, bias_index, key_padding_mask, float(scale), code)[0]
+
+
+def _check_bias(bias, q, expected):
+    check_tensor("attention", "bias", bias, None, like=q)
+    if bias.ndim == 3:
+        bias = bias[None]
+    fits = bias.ndim == 4 and all(have in (1, want) for have, want in zip(bias.shape, expected, strict=True))
+    if not fits:
+        raise ValueError(f"attention: bias must broadcast to {expected}, got {tuple(bias.shape)}")
+    return bias
+
+
+def _check_index(bias, bias_index, q, expected):
+    H, Nq, Nk = expected
+    if bias is None:
+        raise ValueError("attention: bias_index needs bias, the table (H, T) it points into")
+    check_tensor("attention", "bias", bias, 2, like=q)
+    if bias.shape[0] != H:
+        raise ValueError(f"attention: bias must be a table ({H}, T) beside bias_index, got {tuple(bias.shape)}")
+    if not isinstance(bias_index, Tensor) or bias_index.dtype not in (torch.int64, torch.int32):
+        raise TypeError("attention: bias_index must be an int64 or int32 tensor")
+    check_shape("attention", "bias_index", bias_index, (Nq, Nk))
+    return bias_index
