@@ -1,0 +1,59 @@
+# `make demo` and `make test` are all a newcomer needs: each sets up what it uses, once.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+TORCH ?= 2.13.0
+TORCHVISION ?= 0.28.0
+CXX_FILES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test lint format build emulated512 wheel abi-check clean
+
+help: ## list the targets
+	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+venv: $(READY) ## create .venv with torch, the test and lint tools and this package (editable)
+
+# torch comes first and alone, so that nothing that depends on it can choose another one.
+$(READY): pyproject.toml setup.py
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet "torch==$(TORCH)"
+	$(BIN)/pip install --quiet "torchvision==$(TORCHVISION)"
+	$(BIN)/pip install --quiet --upgrade "setuptools>=77" ninja pybind11
+	$(BIN)/pip install --quiet --no-build-isolation -e ".[test,dev]"
+	touch $@
+
+demo: venv build ## run the demonstration
+	$(BIN)/python -m hybridops demo
+
+test: venv build emulated512 ## build and run all tests
+	$(BIN)/python -m pytest -n 2 -q tests
+
+lint: venv ## ruff, clang-format and mypy; changes nothing
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+	$(BIN)/mypy
+
+format: venv ## let ruff and clang-format rewrite the sources
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_FILES)
+
+build: venv ## compile what changed, in place; fails where an install would go on without
+	$(BIN)/python setup.py --quiet build_ext --inplace --strict
+
+emulated512: venv ## build build/_cpu_emulated512.so: the AVX-512 sources on AVX2, for tests
+	$(BIN)/python setup.py --quiet build_emulated512
+
+wheel: venv ## build the sdist, and the wheel from it, into dist/
+	$(BIN)/python -m build --no-isolation
+
+abi-check: venv ## prove that one binary serves torch $(TORCH) and 2.11.0 (downloads that torch)
+	PYTHON=$(BIN)/python tests/abi_check.sh
+
+clean: ## remove what was built, but keep .venv
+	rm -rf build dist *.egg-info hybridops/*.so hybridops/_build_info.json
+	rm -rf .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -1,0 +1,301 @@
+"""Builds the CPU libraries and the optional host module with ninja, or says why not.
+
+What is built, into hybridops/:
+    _cpu_avx2.so, _cpu_avx512.so   csrc/simd/*.cpp once per ISA, plus csrc/cpu/*.cpp compiled once;
+                                   LibTorch stable ABI: no Python symbols, any torch from 2.11 on
+    _host.<python tag>.so          csrc/host/probe.cpp, pybind11; everything works without it
+    _build_info.json               what was built or why not; `python -m hybridops doctor` reads it
+
+Without torch, a compiler or ninja, or when a compile fails, the package installs as pure Python.
+`build_ext --strict` fails instead; `build_emulated512` builds build/_cpu_emulated512.so for tests.
+
+CXX names the compiler, MAX_JOBS caps the parallel jobs. HYBRIDOPS_CUDA=auto|1|0 is reserved for
+the CUDA sources (csrc/cuda/*.cu): it does nothing while there are none.
+"""
+
+import fcntl
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Command, Extension, find_packages, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+NATIVE = (
+    ROOT / "build" / "native"
+)  # not pip's build_temp, which is thrown away: rebuilds are incremental
+
+COMMON = "-O3 -std=c++20 -fPIC -fno-math-errno -fno-trapping-math -Wall -Wextra -fvisibility=hidden"
+HARDEN = "-fstack-protector-strong -U_FORTIFY_SOURCE -D_FORTIFY_SOURCE=2"
+LINK = "-shared -Wl,-z,relro,-z,now -Wl,--as-needed"
+STABLE = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # torch 2.11
+AVX2 = "-mavx2 -mfma -mf16c"
+AVX512 = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512bf16 -mfma -mf16c"
+ISA = {
+    "avx2": f"{AVX2} -DHYBRIDOPS_ISA_AVX2",
+    "avx512": f"{AVX512} -DHYBRIDOPS_ISA_AVX512",
+    "emulated512": f"{AVX2} -DHYBRIDOPS_ISA_AVX512 -DHYBRIDOPS_EMULATE",  # 16 lanes on AVX2
+}
+SHIPPED = ("avx2", "avx512")
+HOST = "_host" + sysconfig.get_config_var("EXT_SUFFIX")
+
+
+class Unbuildable(Exception):
+    """Why there are no compiled libraries, in one line."""
+
+
+def find_compiler() -> tuple[str, str]:
+    """The command, and a name such as "gcc 12.2.0"."""
+    named = os.environ.get("CXX")
+    command = named or next((c for c in ("g++", "clang++", "c++") if shutil.which(c)), None)
+    if command is None:
+        raise Unbuildable("no C++ compiler found (looked for g++, clang++, c++; CXX names another)")
+    try:
+        ask = [*shlex.split(command), "--version"]
+        banner = subprocess.run(ask, capture_output=True, text=True, check=True).stdout
+        ask[-1:] = ["-dumpfullversion", "-dumpversion"]
+        version = subprocess.run(ask, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise Unbuildable(f"the C++ compiler does not run: {command} ({error})") from None
+    return command, f"{'clang' if 'clang' in banner else 'gcc'} {version}"
+
+
+def find_torch() -> tuple[Path, str]:
+    """Its folder and version; torch itself is never imported, so the build stays quick."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or not spec.submodule_search_locations:
+        raise Unbuildable(
+            "torch is not in the build environment (use: pip install --no-build-isolation)"
+        )
+    version = importlib.metadata.version("torch")
+    if tuple(int(n) for n in version.split(".")[:2]) < (2, 11):
+        raise Unbuildable(f"torch {version} is too old to build against (2.11 or newer is needed)")
+    return Path(spec.submodule_search_locations[0]), version
+
+
+def find_ninja() -> list[str]:
+    if importlib.util.find_spec("ninja"):
+        return [sys.executable, "-m", "ninja"]
+    if found := shutil.which("ninja"):
+        return [found]
+    raise Unbuildable("ninja is not installed (pip install ninja)")
+
+
+def ninja_file(flavours: tuple[str, ...], cxx: str, torch: Path, pybind11: str | None) -> str:
+    """One compile edge per (source, flavour), one link edge per library."""
+
+    def path(p) -> str:
+        return str(p).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+    def quoted(p) -> str:
+        return shlex.quote(str(p)).replace("$", "$$")
+
+    def system(folder) -> str:  # no path of the building machine ends up in a library
+        return f"-isystem {quoted(folder)} -ffile-prefix-map={quoted(f'{folder}/')}="
+
+    common = f"{COMMON} {HARDEN} -I{quoted(ROOT / 'csrc')} -ffile-prefix-map={quoted(f'{ROOT}/')}="
+    lines = [
+        f"cxx = {cxx.replace('$', '$$')}",
+        "rule compile",
+        "  command = $cxx $flags -MD -MF $out.d -c $in -o $out",  # MD, not MMD: sees a new torch
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "rule link",
+        f"  command = $cxx {LINK} $in -o $out $libs",
+    ]
+
+    def compile(sources: list[Path], folder: str, flags: str) -> list[str]:
+        objects = []
+        for source in sources:
+            objects.append(f"{folder}/{source.stem}.o")
+            lines.append(f"build {objects[-1]}: compile {path(source)}\n  flags = {common} {flags}")
+        return objects
+
+    cpu = compile(
+        sorted((ROOT / "csrc/cpu").glob("*.cpp")), "cpu", f"{STABLE} {system(torch / 'include')}"
+    )
+    for flavour in flavours:
+        simd = sorted((ROOT / "csrc/simd").glob("*.cpp"))
+        objects = compile(simd, flavour, ISA[flavour]) + cpu
+        libs = f"-Wl,--no-undefined -L{quoted(torch / 'lib')} -ltorch_cpu"
+        lines.append(f"build _cpu_{flavour}.so: link {' '.join(objects)}\n  libs = {libs}")
+    if pybind11:
+        python = sysconfig.get_paths()["include"]
+        flags = f"{system(pybind11)} {system(python)}"
+        # Python's own symbols come from the interpreter, so they stay undefined here.
+        (host,) = compile([ROOT / "csrc/host/probe.cpp"], "host", flags)
+        lines.append(f"build {HOST}: link {host}\n  libs =")
+    return "\n".join(lines) + "\n"
+
+
+def run_ninja(targets: list[str], folder: Path, ninja_text: str) -> dict[str, str]:
+    """Builds the targets; the failed ones come back with the first error line of each."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # two installs of one tree wait for each other
+        (folder / "build.ninja").write_text(ninja_text)
+        jobs = os.environ.get("MAX_JOBS") or str(len(os.sched_getaffinity(0)))
+        command = [*find_ninja(), "-C", str(folder), "-j", jobs, "-k", "0"]
+        done = subprocess.run([*command, *targets], capture_output=True, text=True)
+        (folder / "build.log").write_text(done.stdout + done.stderr)
+        failed = {}
+        for target in targets if done.returncode else ():  # what did build is up to date by now
+            again = subprocess.run([*command, target], capture_output=True, text=True)
+            if again.returncode:
+                text = (again.stdout + again.stderr).splitlines()
+                first = next((t for t in text if "error:" in t or "undefined reference" in t), None)
+                failed[target] = (first or (text or ["ninja failed"])[-1]).strip()
+    return failed
+
+
+def build_native(flavours: tuple[str, ...], folder: Path, with_host: bool) -> dict:
+    """The content of _build_info.json, after building what can be built into `folder`."""
+    info = {"compiled": False, "reason": None, "torch": None, "compiler": None, "libraries": []}
+    info |= {"host": False, "host_reason": None}
+    try:
+        if platform.system() != "Linux" or platform.machine() != "x86_64":
+            where = f"{platform.system()} on {platform.machine()}"
+            raise Unbuildable(f"there are CPU kernels for Linux on x86_64 only, this is {where}")
+        torch, info["torch"] = find_torch()
+        compiler, info["compiler"] = find_compiler()
+        find_ninja()
+        if not list((ROOT / "csrc/cpu").glob("*.cpp")):
+            flavours = ()
+        pybind11 = None
+        if with_host and importlib.util.find_spec("pybind11"):
+            import pybind11 as module
+
+            pybind11 = module.get_include()
+        targets = [f"_cpu_{flavour}.so" for flavour in flavours] + [HOST] * bool(pybind11)
+        text = ninja_file(flavours, compiler, torch, pybind11)
+        failed = run_ninja(targets, folder, text) if targets else {}
+    except Unbuildable as error:
+        info["reason"] = info["host_reason"] = str(error)
+        return info
+    info["libraries"] = [t for t in targets if t not in failed and t != HOST]
+    info["compiled"] = bool(info["libraries"])
+    info["host"] = HOST in targets and HOST not in failed
+    info["host_reason"] = failed.pop(HOST, None if pybind11 else "pybind11 is not installed")
+    if failed:
+        why = "; ".join(dict.fromkeys(failed.values()))
+        info["reason"] = f"{' and '.join(failed)} failed: {why} (all of it: {folder / 'build.log'})"
+    elif not flavours:
+        info["reason"] = "there are no C++ sources in csrc/cpu"
+    return info
+
+
+def place(source: Path, destination: Path) -> None:
+    """A new file under the old name: a process that has the old library mapped keeps it."""
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    fresh = destination.with_name(destination.name + f".{os.getpid()}")
+    shutil.copy2(source, fresh)
+    os.replace(fresh, destination)
+
+
+class BuildExt(build_ext):
+    user_options = [*build_ext.user_options, ("strict", None, "fail when a library does not build")]
+    boolean_options = [*build_ext.boolean_options, "strict"]
+
+    def initialize_options(self):
+        super().initialize_options()
+        self.strict = False
+        self.info = None
+
+    def finalize_options(self):
+        self.native = Path(self.build_temp).resolve() if self.build_temp else NATIVE
+        super().finalize_options()
+
+    def run(self):
+        self.info = info = build_native(SHIPPED, self.native, with_host=True)
+        package = (
+            ROOT / "hybridops" if self.inplace else Path(self.build_lib).resolve() / "hybridops"
+        )
+        package.mkdir(parents=True, exist_ok=True)
+        names = info["libraries"] + [HOST] * info["host"]
+        for old in [*package.glob("_cpu_*.so"), package / HOST]:  # what failed now must not stay
+            if old.name not in names:
+                old.unlink(missing_ok=True)
+        for name in names:
+            place(self.native / name, package / name)
+        (package / "_build_info.json").write_text(json.dumps(info, indent=1) + "\n")
+        self.outputs = [str(package / name) for name in [*names, "_build_info.json"]]
+        if info["reason"]:
+            kept = " and ".join(info["libraries"]) or "pure Python"
+            print(f"hybridops: installing {kept}: {info['reason']}", flush=True)
+        if self.strict and (info["reason"] or not info["host"]):
+            log = self.native / "build.log"
+            print(log.read_text() if log.exists() else "", info["host_reason"] or "", sep="\n")
+            raise SystemExit("hybridops: --strict: not everything was built")
+
+    def get_outputs(self):
+        return [] if self.inplace or self.info is None else self.outputs
+
+    def get_output_mapping(self):
+        return {}
+
+
+class BuildEmulated512(Command):
+    """The 16-lane code on AVX2: load it with HYBRIDOPS_LIBRARY=build/_cpu_emulated512.so."""
+
+    description = "build the test-only library build/_cpu_emulated512.so"
+    user_options = []
+
+    def initialize_options(self):
+        pass
+
+    def finalize_options(self):
+        pass
+
+    def run(self):
+        folder = NATIVE.with_name("native-emulated512")
+        info = build_native(("emulated512",), folder, with_host=False)
+        if info["reason"]:
+            log = folder / "build.log"
+            print(log.read_text() if log.exists() else "")
+            raise SystemExit(f"hybridops: no emulated512 library: {info['reason']}")
+        place(folder / "_cpu_emulated512.so", ROOT / "build" / "_cpu_emulated512.so")
+
+
+class BdistWheel(bdist_wheel):
+    """The narrowest honest tag: only _host depends on the Python version, nothing built is pure."""
+
+    def run(self):
+        self.run_command("build")
+        info = self.get_finalized_command("build_ext").info
+        if not info["compiled"] and not info["host"]:
+            self.distribution.ext_modules = []
+            self.root_is_pure = True
+        super().run()
+
+    def get_tag(self):
+        python, abi, plat = super().get_tag()
+        info = self.get_finalized_command("build_ext").info
+        if info and info["compiled"] and not info["host"]:
+            return "py3", "none", plat
+        return python, abi, plat
+
+
+packages = find_packages(ROOT, include=["hybridops", "hybridops.*"])
+if (ROOT / "hybridops/kernels").is_dir():  # the symlink to kernels/; a real folder in an sdist
+    packages.append("hybridops.kernels")
+
+setup(
+    packages=packages,
+    # Names the platform-dependent part; BuildExt.run builds it and the CPU libraries.
+    ext_modules=[Extension("hybridops._host", ["csrc/host/probe.cpp"], optional=True)],
+    cmdclass={
+        "build_ext": BuildExt,
+        "build_emulated512": BuildEmulated512,
+        "bdist_wheel": BdistWheel,
+    },
+)
