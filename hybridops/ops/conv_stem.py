@@ -74,6 +74,10 @@ def conv_stem_reference(image, layers, pool=None):
 
 def conv_reference(x, weight, bias, stride, padding):
     top, left, bottom, right = padding
+    if weight.numel() == 0:  # torch's conv2d refuses no channels; a sum over none is 0
+        y = weight.sum((1, 2, 3)) if bias is None else weight.sum((1, 2, 3)) + bias
+        size = output_size(x.shape[2:], weight.shape[2:], stride, padding)
+        return y[:, None, None].expand(x.shape[0], -1, *size)
     if (top, left) == (bottom, right):
         return F.conv2d(x, weight, bias, stride, (top, left))
     return F.conv2d(F.pad(x, (left, right, top, bottom)), weight, bias, stride)
@@ -176,7 +180,9 @@ def _gradient(ctx, dy):
         d, dweights[i], dbiases[i] = conv_backward(dz, inputs[i], weights[i], ctx.strides[i], padding, needs_dinput)
         if i > 0:
             d = d.flatten(2).transpose(1, 2)
-    return d if ctx.needs_input_grad[0] else None, dweights, dbiases, [None] * ctx.npacked, None, None, None, None
+    dimage = d if ctx.needs_input_grad[0] else None
+    dpool = None if len(ctx.pool) else []  # torch takes any empty list for one of tensors
+    return dimage, dweights, dbiases, [None] * ctx.npacked, None, None, None, dpool
 
 
 def _setup_counting_packed(ctx, inputs, output):

@@ -30,8 +30,14 @@ from ._contract import (
 def peg_reference(x, weight, bias, H, W, prefix, stride, padding, residual, activation, gate):
     head, grid = x[:, :prefix], x[:, prefix:]
     image = grid.transpose(1, 2).unflatten(2, (H, W))
-    z = F.conv2d(image, weight, bias, stride=stride, padding=padding, groups=x.shape[2])
-    z = activate(z.flatten(2).transpose(1, 2), activation)
+    if 0 in image.shape[1:]:  # torch's conv2d refuses these
+        z = weight.sum((1, 2, 3)) if bias is None else weight.sum((1, 2, 3)) + bias
+        cells = output_size(H, weight.shape[2], stride, padding) * output_size(W, weight.shape[3], stride, padding)
+        z = z.expand(x.shape[0], cells, -1)
+    else:
+        z = F.conv2d(image, weight, bias, stride=stride, padding=padding, groups=x.shape[2])
+        z = z.flatten(2).transpose(1, 2)
+    z = activate(z, activation)
     y = grid * z.sigmoid() if gate else grid + z if residual else z
     return torch.cat([head, y], dim=1)
 
@@ -141,7 +147,7 @@ def peg(
         check_tensor("peg", "bias", bias, 1, like=x)
         check_shape("peg", "bias", bias, (C,))
     Ho, Wo = output_size(H, K, stride, padding), output_size(W, K, stride, padding)
-    if Ho < 0 or Wo < 0 or ((Ho == 0 or Wo == 0) and H and W):
+    if Ho < 0 or Wo < 0 or (Ho * Wo == 0) != (H * W == 0):  # an empty grid stays empty
         raise ValueError(f"peg: a {K}x{K} kernel with padding {padding} does not fit the {H}x{W} grid")
     if (residual or gate) and (Ho, Wo) != (H, W):
         raise ValueError(
