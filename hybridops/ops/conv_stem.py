@@ -143,7 +143,8 @@ def _(image, weights, biases, packed, strides, paddings, activations, pool):
 
 @torch.library.register_fake("hybridops::conv_backward", lib=library)
 def _(dz, image, weight, stride, padding, needs_dimage):
-    dimage = dz.new_empty(image.shape if needs_dimage else (0,))
+    B, Ci, H, W = image.shape
+    dimage = dz.new_empty((B, H, W, Ci) if needs_dimage else (0,))
     return dimage, weight.new_empty(weight.shape), weight.new_empty(weight.shape[:1])
 
 

@@ -109,7 +109,9 @@ def linear(
     code = activation_code("linear", activation)
     norm_weight, norm_bias, eps = norm if norm is not None else (None, None, 0.0)
     if torch.is_autocast_enabled(x.device.type if isinstance(x, Tensor) else "cpu"):
+        given = weight
         x, weight, bias, norm_weight, norm_bias, residual = autocast(x, weight, bias, norm_weight, norm_bias, residual)
+        packed = packed if weight is given else None  # it packs the weight as it was
     check_tensor("linear", "x", x, None)
     if x.ndim == 0:
         raise ValueError("linear: x must have at least 1 dimension, got a scalar")

@@ -74,7 +74,7 @@ def _gradient(ctx, dy):
     needs_dimage = ctx.needs_input_grad[0]
     dimage, dweight, dbias = conv_backward(dz.contiguous(), image, weight, ctx.stride, ctx.padding, needs_dimage)
     return (
-        dimage if needs_dimage else None,
+        dimage.permute(0, 3, 1, 2) if needs_dimage else None,
         dweight,
         dbias if bias is not None else None,
         None,

@@ -1,0 +1,169 @@
+// What the registering files share: tensors as raw rows, scratch that stays alive, one way to share out work.
+#pragma once
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdlib>
+#include <initializer_list>
+#include <memory>
+#include <optional>
+#include <vector>
+
+#include "../simd/product.h"
+
+namespace hybridops {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// Contiguous and uninitialised.
+inline Tensor empty(const std::vector<int64_t>& sizes, ScalarType type) {
+  std::vector<int64_t> strides(sizes.size(), 1);
+  for (size_t i = sizes.size(); i-- > 1;) strides[i - 1] = strides[i] * std::max<int64_t>(sizes[i], 1);
+  const int32_t dtype = type == ScalarType::Float      ? aoti_torch_dtype_float32()
+                        : type == ScalarType::BFloat16 ? aoti_torch_dtype_bfloat16()
+                                                       : aoti_torch_dtype_int64();
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided((int64_t)sizes.size(), sizes.data(), strides.data(), dtype,
+                                                  aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+inline simd::Type type_of(const Tensor& x) {
+  switch (x.scalar_type()) {
+    case ScalarType::Float:
+      return simd::Type::kFloat;
+    case ScalarType::BFloat16:
+      return simd::Type::kBFloat16;
+    case ScalarType::Byte:
+      return simd::Type::kByte;
+    default:
+      STD_TORCH_CHECK(false, "hybridops: the CPU kernels take float32 and bfloat16");
+  }
+}
+
+inline int64_t size_of(simd::Type type) {
+  return type == simd::Type::kFloat ? 4 : type == simd::Type::kBFloat16 ? 2 : 1;
+}
+
+inline void* offset(void* data, simd::Type type, int64_t elements) { return (char*)data + elements * size_of(type); }
+inline const void* offset(const void* data, simd::Type type, int64_t elements) {
+  return (const char*)data + elements * size_of(type);
+}
+
+// Per-thread scratch for the length of a scope. Blocks stay with the thread: fresh pages cost more than the arithmetic.
+class Scratch {
+ public:
+  Scratch() : block_(state().block), used_(state().used) {}
+  ~Scratch() {
+    State& s = state();
+    s.block = block_;
+    s.used = used_;
+    if (block_ == 0 && used_ == 0 && s.blocks.size() > 1) {  // outermost: one block that would have held all of it
+      size_t total = 0;
+      for (const Block& b : s.blocks) total += b.floats;
+      s.blocks.clear();
+      s.add(total);
+    }
+  }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+
+  // 64-byte aligned, uninitialised, valid until the scope ends.
+  float* take(int64_t floats) {
+    State& s = state();
+    const size_t n = ((size_t)std::max<int64_t>(floats, 1) + kSlack) / 16 * 16;
+    while (s.block < s.blocks.size() && s.used + n > s.blocks[s.block].floats) ++s.block, s.used = 0;
+    if (s.block == s.blocks.size()) s.add(n);
+    float* p = s.blocks[s.block].data.get() + s.used;
+    s.used += n;
+    return p;
+  }
+
+ private:
+  static constexpr size_t kSlack = 31;  // rounding, and a vector's worth of slack behind every array
+  struct Free {
+    void operator()(float* p) const { std::free(p); }
+  };
+  struct Block {
+    std::unique_ptr<float, Free> data;
+    size_t floats;
+  };
+  struct State {
+    std::vector<Block> blocks;
+    size_t block = 0, used = 0;
+    void add(size_t floats) {
+      floats = std::max<size_t>(floats, 1 << 14);
+      auto* data = (float*)std::aligned_alloc(64, (floats * sizeof(float) + 63) / 64 * 64);
+      STD_TORCH_CHECK(data != nullptr, "hybridops: out of memory for scratch");
+      blocks.push_back({std::unique_ptr<float, Free>(data), floats});
+    }
+  };
+  static State& state() {
+    static thread_local State s;
+    return s;
+  }
+  size_t block_, used_;
+};
+
+// A small vector (bias, norm weight) as fp32.
+inline const float* floats(Scratch& scratch, const std::optional<Tensor>& x) {
+  if (!x.has_value()) return nullptr;
+  const int64_t n = x->numel(), stride = x->dim() ? x->stride(x->dim() - 1) : 1;
+  if (type_of(*x) == simd::Type::kFloat && (stride == 1 || n <= 1)) return (const float*)x->const_data_ptr();
+  float* y = scratch.take(n);
+  simd::to_float(x->const_data_ptr(), type_of(*x), stride, n, 1, y, 1);
+  return y;
+}
+
+// A tensor (..., n) as rows that lie a constant stride apart; copied only where its strides do not allow that.
+struct RowView {
+  Tensor tensor;
+  const void* data;
+  simd::Type type;
+  int64_t rows, n, stride;
+
+  explicit RowView(const Tensor& x) : tensor(x), type(type_of(x)) {
+    if (!collapses(x)) tensor = torch::stable::contiguous(x);
+    const int64_t dim = tensor.dim();
+    n = tensor.size(dim - 1);
+    rows = 1;
+    stride = n;
+    for (int64_t d = 0; d + 1 < dim; ++d) rows *= tensor.size(d);
+    for (int64_t d = dim - 1; d-- > 0;)
+      if (tensor.size(d) != 1) {
+        stride = tensor.stride(d);
+        break;
+      }
+    data = tensor.const_data_ptr();
+  }
+
+ private:
+  static bool collapses(const Tensor& x) {
+    const int64_t dim = x.dim();
+    if (x.size(dim - 1) != 1 && x.stride(dim - 1) != 1) return false;
+    int64_t expected = -1;
+    for (int64_t d = dim - 1; d-- > 0;) {
+      if (x.size(d) == 1) continue;
+      if (expected >= 0 && x.stride(d) != expected) return false;
+      expected = x.stride(d) * x.size(d);
+    }
+    return true;
+  }
+};
+
+template <class F>
+void parallel(int64_t tasks, const F& f) {
+  if (tasks == 1) return f(0, 1);
+  if (tasks > 0) torch::stable::parallel_for(0, tasks, 1, f);
+}
+
+inline int64_t threads() { return torch::stable::get_num_threads(); }
+inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+}  // namespace hybridops

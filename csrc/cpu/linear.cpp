@@ -1,0 +1,220 @@
+// hybridops::linear: see hybridops/ops/linear.py for the meaning.
+#include "linear.h"
+
+namespace hybridops {
+
+using simd::Output;
+using simd::plain_rows;
+using simd::Rows;
+using simd::Type;
+
+const float* pack_weight(Scratch& scratch, const void* weight, Type type, int64_t stride_n, int64_t stride_k, int64_t N,
+                         int64_t K) {
+  float* packed = scratch.take(simd::packed_floats(N, K));
+  parallel(simd::panel_count(N), [=](int64_t begin, int64_t end) {
+    simd::pack(weight, type, stride_k, stride_n, K, N, begin, end, packed);
+  });
+  return packed;
+}
+
+namespace {
+
+constexpr int64_t kRowBlock = 96;       // rows a task takes through all panels: 96 x 768 fp32 is half of a 512 KB L2
+constexpr int64_t kGradientChunk = 128;  // tokens per step of a weight gradient
+
+// How a product of M rows and P panels is cut into tasks.
+struct Split {
+  int64_t row_blocks, rows, panel_blocks, panels;
+
+  Split(int64_t M, int64_t N, int64_t T, bool by_rows_only) {
+    const int64_t P = simd::panel_count(N), tile = simd::row_tile();
+    row_blocks = std::max<int64_t>(divide_up(M, kRowBlock), 1);
+    row_blocks = divide_up(row_blocks, T) * T;
+    rows = std::max<int64_t>(divide_up(divide_up(M, row_blocks), tile) * tile, tile);
+    row_blocks = divide_up(M, rows);
+    panel_blocks = 1;
+    panels = P;
+    // Few rows: cut the panels instead, so that every thread reads only its own part of the weight.
+    const double row_balance = (double)M / (double)(divide_up(row_blocks, T) * T * rows);
+    const double panel_balance = (double)P / (double)(divide_up(P, T) * T);
+    const bool prefer_panels = N > M && panel_balance > row_balance - 0.02;
+    if (M <= kRowBlock * T && T > 1 && (by_rows_only ? M < 8 * tile : prefer_panels || panel_balance > row_balance)) {
+      row_blocks = 1;
+      rows = M;
+      panels = divide_up(P, T);
+      panel_blocks = divide_up(P, panels);
+    }
+  }
+  int64_t tasks() const { return row_blocks * panel_blocks; }
+};
+
+// Visits [row begin, row end) x [panel begin, panel end) of every task.
+template <class F>
+void for_tasks(const Split& split, int64_t M, int64_t N, const F& f) {
+  const int64_t P = simd::panel_count(N);
+  parallel(split.tasks(), [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) {
+      const int64_t row = t / split.panel_blocks * split.rows, panel = t % split.panel_blocks * split.panels;
+      f(row, std::min(row + split.rows, M), panel, std::min(panel + split.panels, P));
+    }
+  });
+}
+
+struct LinearArguments {
+  const RowView& x;
+  const float* packed;
+  int64_t N;
+  const float *norm_weight, *norm_bias;
+  float eps;
+};
+
+void run(const LinearArguments& a, const Output& output) {
+  const int64_t M = a.x.rows, K = a.x.n;
+  const bool in_place = a.x.type == Type::kFloat && !a.norm_weight;
+  if (in_place)
+    return product_parallel(Rows{(const float*)a.x.data, plain_rows(a.x.stride), K}, M, a.packed, a.N, output);
+  // LayerNorm, or a widening to fp32, of the rows that a task needs, in front of its products
+  for_tasks(Split(M, a.N, threads(), true), M, a.N, [&](int64_t row, int64_t row_end, int64_t panel, int64_t panel_end) {
+    Scratch scratch;
+    float* rows = scratch.take((row_end - row) * K);
+    const void* x = offset(a.x.data, a.x.type, row * a.x.stride);
+    if (a.norm_weight)
+      simd::layer_norm(x, a.x.type, a.x.stride, row_end - row, K, a.norm_weight, a.norm_bias, a.eps, rows, K);
+    else
+      simd::to_float(x, a.x.type, a.x.stride, row_end - row, K, rows, K);
+    Output part = output;
+    part.data = offset(output.data, output.type, row * output.grid.inner_stride);
+    if (output.residual) part.residual = offset(output.residual, output.type, row * output.residual_grid.inner_stride);
+    simd::product(Rows{rows, plain_rows(K), K}, 0, row_end - row, a.packed, a.N, panel, panel_end, part);
+  });
+}
+
+Tensor linear(Tensor x, Tensor weight, std::optional<Tensor> bias, std::optional<Tensor> packed,
+              std::optional<Tensor> norm_weight, std::optional<Tensor> norm_bias, double eps,
+              std::optional<Tensor> residual, int64_t activation) {
+  const int64_t N = weight.size(0), K = weight.size(1);
+  STD_TORCH_CHECK(x.dim() >= 1 && x.size(x.dim() - 1) == K, "linear: x and weight do not fit");
+  STD_TORCH_CHECK(!bias.has_value() || bias->numel() == N, "linear: bias and weight do not fit");
+  STD_TORCH_CHECK(!norm_weight.has_value() || norm_weight->numel() == K, "linear: norm weight and weight do not fit");
+  STD_TORCH_CHECK(!norm_bias.has_value() || norm_bias->numel() == K, "linear: norm bias and weight do not fit");
+  std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
+  sizes.back() = N;
+  Tensor y = empty(sizes, x.scalar_type());
+  if (y.numel() == 0) return y;
+
+  Scratch scratch;
+  const RowView rows(x);
+  STD_TORCH_CHECK(type_of(weight) == rows.type, "linear: x and weight differ in dtype");
+  Output output{y.mutable_data_ptr(), rows.type, plain_rows(N)};
+  output.bias = floats(scratch, bias);
+  output.activation = activation;
+  std::optional<RowView> added;
+  if (residual.has_value()) {
+    STD_TORCH_CHECK(residual->numel() == y.numel() && type_of(*residual) == rows.type, "linear: residual does not fit");
+    added.emplace(*residual);
+    output.residual = added->data;
+    output.residual_grid = plain_rows(added->stride);
+  }
+  const float* panels;
+  if (packed.has_value()) {
+    STD_TORCH_CHECK(packed->numel() == simd::packed_floats(N, K) && packed->scalar_type() == ScalarType::Float,
+                    "linear: packed is not pack_linear(weight)");
+    panels = (const float*)packed->const_data_ptr();
+  } else {
+    panels = pack_weight(scratch, weight.const_data_ptr(), rows.type, weight.stride(0), weight.stride(1), N, K);
+  }
+  run({rows, panels, N, floats(scratch, norm_weight), floats(scratch, norm_bias), (float)eps}, output);
+  return y;
+}
+
+const float* token_rows(const void* context, int64_t first, int64_t rows, float* buffer, int64_t* stride) {
+  const RowView& x = *(const RowView*)context;
+  const void* from = offset(x.data, x.type, first * x.stride);
+  *stride = x.stride;
+  if (x.type == Type::kFloat) return (const float*)from;
+  *stride = x.n;
+  simd::to_float(from, x.type, x.stride, rows, x.n, buffer, x.n);
+  return buffer;
+}
+
+std::tuple<Tensor, Tensor, Tensor> linear_backward(Tensor dy, Tensor x, Tensor weight) {
+  const int64_t N = weight.size(0), K = weight.size(1);
+  STD_TORCH_CHECK(dy.dim() == x.dim() && dy.size(dy.dim() - 1) == N && x.size(x.dim() - 1) == K,
+                  "linear_backward: dy, x and weight do not fit");
+  STD_TORCH_CHECK(type_of(dy) == type_of(x) && type_of(weight) == type_of(x), "linear_backward: dtypes differ");
+  Tensor dx = empty(std::vector<int64_t>(x.sizes().begin(), x.sizes().end()), x.scalar_type());
+  Tensor dweight = empty({N, K}, x.scalar_type()), dbias = empty({N}, x.scalar_type());
+  const RowView gradients(dy), tokens(x);
+  if (dx.numel() > 0) {
+    Scratch scratch;
+    const float* panels =  // dx = dy @ weight: the weight's columns are the product's
+        pack_weight(scratch, weight.const_data_ptr(), type_of(weight), weight.stride(1), weight.stride(0), K, N);
+    run({gradients, panels, K, nullptr, nullptr, 0.0f}, {dx.mutable_data_ptr(), type_of(dx), plain_rows(K)});
+  }
+  weight_gradient(gradients, N, K, token_rows, &tokens, dweight, dbias);
+  return {dx, dweight, dbias};
+}
+
+Tensor pack_linear(Tensor weight) {
+  const int64_t N = weight.size(0), K = weight.size(1);
+  Tensor packed = empty({simd::packed_floats(N, K)}, ScalarType::Float);
+  auto* panels = (float*)packed.mutable_data_ptr();
+  const void* data = weight.const_data_ptr();
+  const Type type = type_of(weight);
+  const int64_t stride_n = weight.stride(0), stride_k = weight.stride(1);
+  parallel(simd::panel_count(N), [=](int64_t begin, int64_t end) {
+    simd::pack(data, type, stride_k, stride_n, K, N, begin, end, panels);
+  });
+  return packed;
+}
+
+}  // namespace
+
+void product_parallel(const Rows& rows, int64_t M, const float* packed, int64_t N, const Output& output) {
+  for_tasks(Split(M, N, threads(), false), M, N, [&](int64_t row, int64_t row_end, int64_t panel, int64_t panel_end) {
+    simd::product(rows, row, row_end, packed, N, panel, panel_end, output);
+  });
+}
+
+void weight_gradient(const RowView& dz, int64_t N, int64_t K, RowChunk chunk, const void* context, Tensor& dweight,
+                     Tensor& dbias) {
+  const int64_t M = dz.rows, tile = simd::row_tile();
+  const int64_t per_task = std::max(divide_up(divide_up(N, threads()), tile) * tile, tile);
+  const Type type = type_of(dweight);
+  parallel(divide_up(N, per_task), [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) {
+      Scratch scratch;
+      const int64_t first = task * per_task, n = std::min(per_task, N - first);
+      // The chunk of dz is read down its columns: an odd number of cache lines per row uses every cache set.
+      const int64_t stride_dz = (divide_up(n, 16) | 1) * 16;
+      float* gradients = scratch.take(kGradientChunk * stride_dz);
+      float* buffer = scratch.take(kGradientChunk * K);
+      float* packed = scratch.take(simd::packed_floats(K, kGradientChunk));
+      float* bias = scratch.take(n);
+      std::fill(bias, bias + n, 0.0f);
+      float* sums = type == Type::kFloat ? (float*)dweight.mutable_data_ptr() + first * K : scratch.take(n * K);
+      if (M == 0) std::fill(sums, sums + n * K, 0.0f);
+      for (int64_t m = 0; m < M; m += kGradientChunk) {
+        const int64_t rows = std::min(kGradientChunk, M - m);
+        int64_t stride = 0;
+        const float* x = chunk(context, m, rows, buffer, &stride);
+        simd::to_float(offset(dz.data, dz.type, m * dz.stride + first), dz.type, dz.stride, rows, n, gradients,
+                       stride_dz);
+        simd::add_rows(gradients, stride_dz, rows, n, bias);
+        simd::pack(x, Type::kFloat, stride, 1, rows, K, 0, simd::panel_count(K), packed);
+        simd::product_transposed(gradients, stride_dz, n, rows, packed, K, sums, K, m > 0);
+      }
+      if (type != Type::kFloat)
+        simd::from_float(sums, K, n, K, offset(dweight.mutable_data_ptr(), type, first * K), type, K);
+      simd::from_float(bias, n, 1, n, offset(dbias.mutable_data_ptr(), type, first), type, n);
+    }
+  });
+}
+
+STABLE_TORCH_LIBRARY_IMPL(hybridops, CPU, m) {
+  m.impl("linear", TORCH_BOX(&linear));
+  m.impl("linear_backward", TORCH_BOX(&linear_backward));
+  m.impl("pack_linear", TORCH_BOX(&pack_linear));
+}
+
+}  // namespace hybridops

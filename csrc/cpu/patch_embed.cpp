@@ -1,0 +1,129 @@
+// hybridops::patch_embed: see hybridops/ops/patch_embed.py for the meaning.
+#include <cstring>
+
+#include "../simd/conv.h"
+#include "linear.h"
+
+namespace hybridops {
+namespace {
+
+using simd::Grid;
+using simd::Image;
+using simd::Output;
+using simd::Rows;
+using simd::Type;
+
+struct Patches {
+  int64_t Ci, Kh, Kw, stride, top, left, Hp, Wp, Wo, N;
+  bool planar;  // must agree with is_planar() in patch_embed.py: it decides the order of `packed`
+};
+
+// The rows under the patches of one image: where it lies if its planes can be read directly, else in `buffer`.
+Rows rows_of(const Image& image, const Patches& p, float* buffer) {
+  if (!p.planar) {
+    simd::load_padded(image, p.top, p.left, p.Wp, 0, p.Hp, buffer);
+    return {buffer, Grid{p.Wo, p.stride * p.Wp * p.Ci, p.stride * p.Ci}, p.Kw * p.Ci, p.Kh, p.Wp * p.Ci};
+  }
+  const bool unpadded = p.Hp == image.H && p.Wp == image.W;
+  if (unpadded && image.type == Type::kFloat && image.stride_w == 1)
+    return {(const float*)image.data, Grid{p.Wo, p.stride * image.stride_h, p.stride}, p.Kw, p.Ci, image.stride_c,
+            p.Kh, image.stride_h};
+  simd::load_planes(image, p.top, p.left, p.Hp, p.Wp, buffer);
+  return {buffer, Grid{p.Wo, p.stride * p.Wp, p.stride}, p.Kw, p.Ci, p.Hp * p.Wp, p.Kh, p.Wp};
+}
+
+// rows (n, C) in `type` += added (n, C) in `type`
+void add_into(void* rows, const void* added, Type type, int64_t n) {
+  Scratch scratch;
+  float* a = scratch.take(n);
+  float* b = scratch.take(n);
+  simd::to_float(rows, type, n, 1, n, a, n);
+  simd::to_float(added, type, n, 1, n, b, n);
+  simd::add_rows(b, n, 1, n, a);
+  simd::from_float(a, n, 1, n, rows, type, n);
+}
+
+Tensor patch_embed(Tensor image, Tensor weight, std::optional<Tensor> bias, std::optional<Tensor> packed,
+                   std::optional<Tensor> norm_weight, std::optional<Tensor> norm_bias, double eps,
+                   std::optional<Tensor> pos_embed, std::optional<Tensor> prefix, int64_t stride,
+                   std::vector<int64_t> padding) {
+  STD_TORCH_CHECK(image.dim() == 4 && weight.dim() == 4 && weight.size(1) == image.size(1) && stride > 0 &&
+                      padding.size() == 4 && *std::min_element(padding.begin(), padding.end()) >= 0,
+                  "patch_embed: image and weight do not fit");
+  const int64_t B = image.size(0), C = weight.size(0), Ci = weight.size(1), Kh = weight.size(2), Kw = weight.size(3);
+  const int64_t Hp = image.size(2) + padding[0] + padding[2], Wp = image.size(3) + padding[1] + padding[3];
+  STD_TORCH_CHECK(Kh > 0 && Kw > 0 && Hp >= Kh && Wp >= Kw, "patch_embed: the patch does not fit the image");
+  const int64_t Ho = (Hp - Kh) / stride + 1, Wo = (Wp - Kw) / stride + 1, N = Ho * Wo, K = Ci * Kh * Kw;
+  const int64_t P = prefix.has_value() ? prefix->size(0) : 0, pos_rows = pos_embed.has_value() ? pos_embed->size(0) : 0;
+  const Type type = type_of(weight);
+  for (const auto& vector : {bias, norm_weight, norm_bias})
+    STD_TORCH_CHECK(!vector.has_value() || vector->numel() == C, "patch_embed: bias or norm does not fit");
+  STD_TORCH_CHECK(!prefix.has_value() || (prefix->numel() == P * C && type_of(*prefix) == type),
+                  "patch_embed: prefix does not fit");
+  STD_TORCH_CHECK(!pos_embed.has_value() || ((pos_rows == N || pos_rows == P + N) &&
+                                             pos_embed->numel() == pos_rows * C && type_of(*pos_embed) == type),
+                  "patch_embed: pos_embed does not fit");
+  Tensor tokens = empty({B, P + N, C}, weight.scalar_type());
+  if (tokens.numel() == 0) return tokens;
+
+  Scratch scratch;
+  const Patches patches{Ci, Kh, Kw, stride, padding[0], padding[1], Hp, Wp, Wo, N, Ci <= 4 && Kw >= 8};
+  const float* panels;
+  if (packed.has_value()) {
+    STD_TORCH_CHECK(packed->numel() == simd::packed_floats(C, K) && packed->scalar_type() == ScalarType::Float,
+                    "patch_embed: packed is not pack_patch(weight)");
+    panels = (const float*)packed->const_data_ptr();
+  } else {
+    Tensor w = patches.planar ? weight : torch::stable::transpose(torch::stable::transpose(weight, 1, 2), 2, 3);
+    w = torch::stable::contiguous(w);
+    panels = pack_weight(scratch, w.const_data_ptr(), type, K, 1, C, K);
+  }
+  std::optional<Tensor> pos, front;
+  if (pos_embed.has_value()) pos = torch::stable::contiguous(*pos_embed);
+  if (prefix.has_value()) front = torch::stable::contiguous(*prefix);
+  const void* pos_data = pos.has_value() ? pos->const_data_ptr() : nullptr;
+  const void* patch_pos = pos_data ? offset(pos_data, type, pos_rows == N ? 0 : P * C) : nullptr;
+  const float *shift = floats(scratch, bias), *norm = floats(scratch, norm_weight);
+  const float* norm_shift = floats(scratch, norm_bias);
+  const simd::Grid plain = simd::plain_rows(C);
+  float* buffer = scratch.take(Ci * Hp * Wp);
+  float* raw = norm ? scratch.take(N * C) : nullptr;
+
+  for (int64_t b = 0; b < B; ++b) {
+    void* out = offset(tokens.mutable_data_ptr(), type, b * (P + N) * C);
+    if (P > 0) {
+      std::memcpy(out, front->const_data_ptr(), P * C * size_of(type));
+      if (pos_data && pos_rows != N) add_into(out, pos_data, type, P * C);
+    }
+    const Image source{offset(image.const_data_ptr(), type_of(image), b * image.stride(0)),
+                       type_of(image),
+                       Ci,
+                       image.size(2),
+                       image.size(3),
+                       image.stride(1),
+                       image.stride(2),
+                       image.stride(3)};
+    void* patch_tokens = offset(out, type, P * C);
+    Output output{patch_tokens, type, plain, shift};
+    if (norm)
+      output = {raw, Type::kFloat, plain, shift};
+    else if (patch_pos)
+      output.residual = patch_pos, output.residual_grid = plain;
+    product_parallel(rows_of(source, patches, buffer), N, panels, C, output);
+    if (!norm) continue;
+    parallel(divide_up(N, 16), [&](int64_t begin, int64_t end) {
+      const int64_t first = begin * 16, rows = std::min(end * 16, N) - first;
+      float* normed = raw + first * C;
+      simd::layer_norm(normed, Type::kFloat, C, rows, C, norm, norm_shift, (float)eps, normed, C);
+      simd::from_float(normed, C, rows, C, offset(patch_tokens, type, first * C), type, C);
+      if (patch_pos) add_into(offset(patch_tokens, type, first * C), offset(patch_pos, type, first * C), type, rows * C);
+    });
+  }
+  return tokens;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(hybridops, CPU, m) { m.impl("patch_embed", TORCH_BOX(&patch_embed)); }
+
+}  // namespace hybridops

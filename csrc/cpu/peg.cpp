@@ -1,0 +1,116 @@
+// hybridops::peg: see hybridops/ops/peg.py for the meaning.
+#include "../simd/peg.h"
+
+#include <cstring>
+
+#include "common.h"
+
+namespace hybridops {
+namespace {
+
+using simd::Depthwise;
+using simd::Type;
+
+Depthwise geometry(const Tensor& x, const Tensor& weight, int64_t H, int64_t W, int64_t prefix, int64_t stride,
+                   int64_t padding) {
+  const int64_t K = weight.size(3), C = x.size(2);
+  STD_TORCH_CHECK(x.dim() == 3 && H > 0 && W > 0 && prefix >= 0 && x.size(1) == prefix + H * W,
+                  "peg: x does not fit its grid");
+  STD_TORCH_CHECK(weight.dim() == 4 && weight.size(0) == C && weight.size(1) == 1 && weight.size(2) == K && K > 0 &&
+                      type_of(weight) == type_of(x),
+                  "peg: weight does not fit x");
+  STD_TORCH_CHECK(stride > 0 && padding >= 0 && H + 2 * padding >= K && W + 2 * padding >= K,
+                  "peg: the kernel does not fit the grid");
+  return {H, W, C, K, stride, padding, (H + 2 * padding - K) / stride + 1, (W + 2 * padding - K) / stride + 1};
+}
+
+// weight (C, 1, K, K) as fp32 taps (K * K, C), so that channels lie side by side.
+const float* taps_of(Scratch& scratch, const Tensor& weight) {
+  const Tensor w = torch::stable::contiguous(weight);
+  const int64_t C = w.size(0), KK = w.size(2) * w.size(3);
+  float* rows = scratch.take(KK);
+  float* taps = scratch.take(KK * C);
+  for (int64_t c = 0; c < C; ++c) {
+    simd::to_float(offset(w.const_data_ptr(), type_of(w), c * KK), type_of(w), KK, 1, KK, rows, KK);
+    for (int64_t t = 0; t < KK; ++t) taps[t * C + c] = rows[t];
+  }
+  return taps;
+}
+
+Tensor peg(Tensor input, Tensor weight, std::optional<Tensor> bias, int64_t H, int64_t W, int64_t prefix, int64_t stride,
+           int64_t padding, bool residual, int64_t activation, bool gate) {
+  const Depthwise d = geometry(input, weight, H, W, prefix, stride, padding);
+  STD_TORCH_CHECK(!bias.has_value() || bias->numel() == d.C, "peg: bias does not fit x");
+  STD_TORCH_CHECK(!(residual || gate) || (d.Ho == H && d.Wo == W), "peg: residual and gate need equal grids");
+  const int64_t B = input.size(0), N = prefix + H * W, No = prefix + d.Ho * d.Wo;
+  Tensor output = empty({B, No, d.C}, input.scalar_type());
+  if (output.numel() == 0) return output;
+  // Images may lie any distance apart (a sliced batch), tokens C apart; anything else is copied.
+  const bool rows_fit = (d.C == 1 || input.stride(2) == 1) && (N == 1 || input.stride(1) == d.C);
+  const Tensor x = rows_fit ? input : torch::stable::contiguous(input);
+  Scratch scratch;
+  const float* taps = taps_of(scratch, weight);
+  const float* shift = floats(scratch, bias);
+  const Type type = type_of(x);
+  const void* from = x.const_data_ptr();
+  void* to = output.mutable_data_ptr();
+  const int64_t stride_b = x.stride(0);
+  parallel(B * d.Ho, [=](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) {
+      const int64_t b = t / d.Ho, ho = t % d.Ho;
+      const void* image = offset(from, type, b * stride_b);
+      void* tokens = offset(to, type, b * No * d.C);
+      if (ho == 0 && prefix > 0) std::memcpy(tokens, image, prefix * d.C * size_of(type));
+      simd::depthwise_row(offset(image, type, prefix * d.C), type, taps, shift, d, ho, residual, gate, activation,
+                          offset(tokens, type, prefix * d.C));
+    }
+  });
+  return output;
+}
+
+std::tuple<Tensor, Tensor, Tensor> peg_backward(Tensor dy, Tensor x, Tensor weight, int64_t H, int64_t W, int64_t prefix,
+                                                int64_t stride, int64_t padding, bool residual) {
+  const Depthwise d = geometry(x, weight, H, W, prefix, stride, padding);
+  const int64_t B = x.size(0), N = prefix + H * W, No = prefix + d.Ho * d.Wo, C = d.C, KK = d.K * d.K;
+  STD_TORCH_CHECK(dy.numel() == B * No * C && type_of(dy) == type_of(x), "peg_backward: dy does not fit x");
+  Tensor dx = empty({B, N, C}, x.scalar_type());
+  Tensor dweight = empty({C, 1, d.K, d.K}, x.scalar_type()), dbias = empty({C}, x.scalar_type());
+  dy = torch::stable::contiguous(dy);
+  x = torch::stable::contiguous(x);
+  Scratch scratch;
+  const float* taps = taps_of(scratch, weight);
+  float* dtaps = scratch.take(KK * C);
+  float* shifts = scratch.take(C);
+  std::fill(dtaps, dtaps + KK * C, 0.0f);
+  std::fill(shifts, shifts + C, 0.0f);
+  const Type type = type_of(x);
+  const void *gradients = dy.const_data_ptr(), *tokens = x.const_data_ptr();
+  void* to = dx.mutable_data_ptr();
+  const int64_t slice = simd::channel_block();
+  // A slice of channels takes all images in order: no two threads add to the same number, whatever their count.
+  parallel(divide_up(C, slice), [=](int64_t begin, int64_t end) {
+    for (int64_t s = begin; s < end; ++s)
+      for (int64_t b = 0; b < B; ++b)
+        simd::depthwise_backward(offset(gradients, type, (b * No + prefix) * C),
+                                 offset(tokens, type, (b * N + prefix) * C), type, taps, d, residual, s * slice,
+                                 std::min((s + 1) * slice, C), offset(to, type, (b * N + prefix) * C), dtaps, shifts);
+  });
+  for (int64_t b = 0; b < B && prefix > 0; ++b)
+    std::memcpy(offset(to, type, b * N * C), offset(gradients, type, b * No * C), prefix * C * size_of(type));
+  float* row = scratch.take(KK);
+  for (int64_t c = 0; c < C; ++c) {
+    for (int64_t t = 0; t < KK; ++t) row[t] = dtaps[t * C + c];
+    simd::from_float(row, KK, 1, KK, offset(dweight.mutable_data_ptr(), type, c * KK), type, KK);
+  }
+  simd::from_float(shifts, C, 1, C, dbias.mutable_data_ptr(), type, C);
+  return {dx, dweight, dbias};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(hybridops, CPU, m) {
+  m.impl("peg", TORCH_BOX(&peg));
+  m.impl("peg_backward", TORCH_BOX(&peg_backward));
+}
+
+}  // namespace hybridops

@@ -1,0 +1,229 @@
+#include "product.h"
+
+#include <cmath>
+
+#include "activation.h"
+#include "tile.h"
+
+namespace hybridops::simd {
+inline namespace HYBRIDOPS_SIMD {
+namespace {
+
+// Walks the rows of a Grid with one division at the start instead of one per row.
+struct Cursor {
+  const Grid& grid;
+  int64_t outer, inner;
+  Cursor(const Grid& g, int64_t row) : grid(g), outer(row / g.inner), inner(row % g.inner) {}
+  int64_t next() {
+    const int64_t at = outer * grid.outer_stride + inner * grid.inner_stride;
+    if (++inner == grid.inner) inner = 0, ++outer;
+    return at;
+  }
+};
+
+template <class T>
+struct ProductTile {
+  const Rows& rows;
+  const float* panel;
+  int64_t column, N;
+  const Output& output;
+
+  template <int MR, int NV>
+  __attribute__((noinline)) void operator()(int64_t m) const {
+    const float* a[MR];
+    Cursor from(rows.grid, m);
+    HYBRIDOPS_UNROLL for (int i = 0; i < MR; ++i) a[i] = rows.data + from.next();
+
+    Tile<MR, NV> tile;
+    HYBRIDOPS_UNROLL for (int v = 0; v < NV; ++v) {
+      const int64_t n = column + v * kLanes;
+      const Vec bias = output.bias ? load_some(output.bias + n, N - n) : Vec{};
+      HYBRIDOPS_UNROLL for (int i = 0; i < MR; ++i) tile[i][v] = bias;
+    }
+    const float* b = panel;
+    for (int64_t i = 0; i < rows.count1; ++i)
+      for (int64_t j = 0; j < rows.count2; ++j) {
+        const int64_t offset = i * rows.stride1 + j * rows.stride2;
+        const float* run[MR];
+        HYBRIDOPS_UNROLL for (int r = 0; r < MR; ++r) run[r] = a[r] + offset;
+        multiply<MR, NV>(tile, run, b, rows.length);
+        b += rows.length * NV * kLanes;
+      }
+    if (output.row_scale) {
+      HYBRIDOPS_UNROLL for (int i = 0; i < MR; ++i) {
+        const Vec scale = splat_from(output.row_scale + m + i);
+        HYBRIDOPS_UNROLL for (int v = 0; v < NV; ++v) tile[i][v] *= scale;
+      }
+    }
+    if (output.activation != kNone) {
+      Vec flat[MR * NV];  // a copy, so that the tile itself is never indexed at run time and stays in registers
+      HYBRIDOPS_UNROLL for (int i = 0; i < MR * NV; ++i) flat[i] = tile[i / NV][i % NV];
+      activate(flat, MR * NV, output.activation);
+      HYBRIDOPS_UNROLL for (int i = 0; i < MR * NV; ++i) tile[i / NV][i % NV] = flat[i];
+    }
+    const bool whole = column + NV * kLanes <= N;
+    Cursor to(output.grid, m), along(output.residual_grid, m);
+    HYBRIDOPS_UNROLL for (int i = 0; i < MR; ++i) {
+      T* y = (T*)output.data + to.next() + column;
+      const T* residual = output.residual ? (const T*)output.residual + along.next() + column : nullptr;
+      HYBRIDOPS_UNROLL for (int v = 0; v < NV; ++v) {
+        const int64_t n = v * kLanes, left = whole ? kLanes : N - column - n;
+        Vec x = tile[i][v];
+        if (residual) x += load_some(residual + n, left);
+        store_some(y + n, x, left);
+      }
+    }
+  }
+};
+
+struct TransposedTile {
+  const float* a;
+  int64_t stride_a, K;
+  const float* panel;
+  int64_t column, N;
+  float* c;
+  int64_t stride_c;
+  bool accumulate;
+
+  template <int MR, int NV>
+  __attribute__((noinline)) void operator()(int64_t m) const {
+    Tile<MR, NV> tile;
+    float* y = c + m * stride_c + column;
+    HYBRIDOPS_UNROLL for (int i = 0; i < MR; ++i) HYBRIDOPS_UNROLL for (int v = 0; v < NV; ++v) {
+      const int64_t n = v * kLanes;
+      tile[i][v] = accumulate ? load_some(y + i * stride_c + n, N - column - n) : Vec{};
+    }
+    multiply_transposed<MR, NV>(tile, a + m, stride_a, panel, K);
+    HYBRIDOPS_UNROLL for (int i = 0; i < MR; ++i) HYBRIDOPS_UNROLL for (int v = 0; v < NV; ++v) {
+      const int64_t n = v * kLanes;
+      store_some(y + i * stride_c + n, tile[i][v], N - column - n);
+    }
+  }
+};
+
+template <class T>
+void pack_panel(const T* source, int64_t stride_k, int64_t stride_n, int64_t K, int64_t columns, int64_t width,
+                float* panel) {
+  if (stride_n == 1) {
+    for (int64_t k = 0; k < K; ++k)
+      for (int64_t n = 0; n < width; n += kLanes) {
+        const int64_t left = columns - n;
+        store(panel + k * width + n, left > 0 ? load_some(source + k * stride_k + n, left) : Vec{});
+      }
+    return;
+  }
+  for (int64_t n = 0; n < width; ++n) {
+    const T* column = source + n * stride_n;
+    for (int64_t k = 0; k < K; ++k) panel[k * width + n] = n < columns ? to_float(column[k * stride_k]) : 0.0f;
+  }
+}
+
+template <class T>
+void layer_norm_rows(const T* x, int64_t stride_x, int64_t rows, int64_t n, const float* weight, const float* bias,
+                     float eps, float* y, int64_t stride_y) {
+  for (int64_t r = 0; r < rows; ++r, x += stride_x, y += stride_y) {
+    Vec total{};
+    for (int64_t i = 0; i < n; i += kLanes) {
+      const Vec value = load_some(x + i, n - i);
+      store_some(y + i, value, n - i);
+      total += value;
+    }
+    const float mean = sum(total) / (float)n;
+    Vec squares{};
+    for (int64_t i = 0; i < n; i += kLanes) {
+      const Vec center = n - i >= kLanes ? splat(mean) : first_lanes(mean, n - i);
+      const Vec d = load_some(y + i, n - i) - center;
+      squares = fma(d, d, squares);
+    }
+    const float rstd = 1.0f / std::sqrt(sum(squares) / (float)n + eps);
+    for (int64_t i = 0; i < n; i += kLanes) {
+      const Vec scaled = (load_some(y + i, n - i) - mean) * rstd;
+      const Vec shift = bias ? load_some(bias + i, n - i) : Vec{};
+      store_some(y + i, fma(scaled, load_some(weight + i, n - i), shift), n - i);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace HYBRIDOPS_SIMD
+
+int64_t panel_count(int64_t N) { return Panels(N).count; }
+int64_t packed_floats(int64_t N, int64_t K) { return Panels(N).vectors * kLanes * K; }
+int64_t row_tile() { return kRows<kPanel>; }
+
+void pack(const void* source, Type type, int64_t stride_k, int64_t stride_n, int64_t K, int64_t N, int64_t panel_begin,
+          int64_t panel_end, float* packed) {
+  const Panels panels(N);
+  for (int64_t p = panel_begin; p < panel_end; ++p) {
+    const int64_t first = panels.offset(p) * kLanes, width = panels.width(p) * kLanes;
+    const int64_t columns = N - first < width ? N - first : width;
+    float* panel = packed + first * K;
+    if (type == Type::kFloat)
+      pack_panel((const float*)source + first * stride_n, stride_k, stride_n, K, columns, width, panel);
+    else
+      pack_panel((const BFloat16*)source + first * stride_n, stride_k, stride_n, K, columns, width, panel);
+  }
+}
+
+void product(const Rows& rows, int64_t row_begin, int64_t row_end, const float* packed, int64_t N, int64_t panel_begin,
+             int64_t panel_end, const Output& output) {
+  const Panels panels(N);
+  const int64_t K = rows.count1 * rows.count2 * rows.length;
+  for (int64_t p = panel_begin; p < panel_end; ++p) {
+    const int64_t first = panels.offset(p) * kLanes;
+    if (output.type == Type::kFloat)
+      for_tiles(panels.width(p), row_begin, row_end,
+                ProductTile<float>{rows, packed + first * K, first, N, output});
+    else
+      for_tiles(panels.width(p), row_begin, row_end,
+                ProductTile<BFloat16>{rows, packed + first * K, first, N, output});
+  }
+}
+
+void product_transposed(const float* a, int64_t stride_a, int64_t M, int64_t K, const float* packed, int64_t N, float* c,
+                        int64_t stride_c, bool accumulate) {
+  const Panels panels(N);
+  for (int64_t p = 0; p < panels.count; ++p) {
+    const int64_t first = panels.offset(p) * kLanes;
+    for_tiles(panels.width(p), 0, M,
+              TransposedTile{a, stride_a, K, packed + first * K, first, N, c, stride_c, accumulate});
+  }
+}
+
+void to_float(const void* x, Type type, int64_t stride_x, int64_t rows, int64_t n, float* y, int64_t stride_y) {
+  for (int64_t r = 0; r < rows; ++r, y += stride_y)
+    for (int64_t i = 0; i < n; i += kLanes)
+      store_some(y + i,
+                 type == Type::kFloat ? load_some((const float*)x + r * stride_x + i, n - i)
+                                      : load_some((const BFloat16*)x + r * stride_x + i, n - i),
+                 n - i);
+}
+
+void from_float(const float* x, int64_t stride_x, int64_t rows, int64_t n, void* y, Type type, int64_t stride_y) {
+  for (int64_t r = 0; r < rows; ++r, x += stride_x)
+    for (int64_t i = 0; i < n; i += kLanes) {
+      const Vec value = load_some(x + i, n - i);
+      if (type == Type::kFloat)
+        store_some((float*)y + r * stride_y + i, value, n - i);
+      else
+        store_some((BFloat16*)y + r * stride_y + i, value, n - i);
+    }
+}
+
+void layer_norm(const void* x, Type type, int64_t stride_x, int64_t rows, int64_t n, const float* weight,
+                const float* bias, float eps, float* y, int64_t stride_y) {
+  if (type == Type::kFloat)
+    layer_norm_rows((const float*)x, stride_x, rows, n, weight, bias, eps, y, stride_y);
+  else
+    layer_norm_rows((const BFloat16*)x, stride_x, rows, n, weight, bias, eps, y, stride_y);
+}
+
+void add_rows(const float* x, int64_t stride_x, int64_t rows, int64_t n, float* y) {
+  for (int64_t i = 0; i < n; i += kLanes) {
+    Vec total = load_some(y + i, n - i);
+    for (int64_t r = 0; r < rows; ++r) total += load_some(x + r * stride_x + i, n - i);
+    store_some(y + i, total, n - i);
+  }
+}
+
+}  // namespace hybridops::simd
