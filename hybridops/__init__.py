@@ -2,6 +2,18 @@
 
 from . import backend, ops
 from .backend import BackendUnavailable, use
+from .optimize import NothingToOptimize, explain, optimize, report, restore, verify
 
 __version__ = "0.1.0"
-__all__ = ["BackendUnavailable", "backend", "ops", "use"]
+__all__ = [
+    "BackendUnavailable",
+    "NothingToOptimize",
+    "backend",
+    "explain",
+    "ops",
+    "optimize",
+    "report",
+    "restore",
+    "use",
+    "verify",
+]

@@ -1,0 +1,79 @@
+"""explain(name_or_model): what optimize() would replace, without weights and without changing anything."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..compat import import_timm
+from . import rules
+from .report import Report
+from .swap import survey
+
+_SOURCES = "timm:NAME, hybridops:NAME, transformers:NAME"
+
+
+def explain(name_or_model: str | nn.Module, mode: str = "inference", **kwargs: Any) -> Report:
+    """What optimize() would do to a model: a Report of every hot layer, with its rule or its reason.
+
+    name_or_model: a model, or "timm:levit_256", "hybridops:cpvt_tiny", "transformers:vit" (a model type with its
+    default configuration, or a name whose configuration is in the local cache). Named models are built without
+    weights; kwargs go to the model's constructor.
+    Raises ValueError for a name that nothing knows, ImportError for a library that is missing.
+    """
+    model = build(name_or_model, **kwargs) if isinstance(name_or_model, str) else name_or_model
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"explain: want a name or an nn.Module, got {type(model).__name__}")
+    rules.load_plugins()
+    layers, _ = survey(model, mode)
+    return Report(type(model).__name__, {"mode": mode}, layers)
+
+
+def build(name: str, **kwargs: Any) -> nn.Module:
+    """The named model on the meta device: all of its structure, none of its memory."""
+    source, _, rest = name.partition(":")
+    if source not in _BUILDERS or not rest:
+        raise ValueError(f"explain: a model's name is one of {_SOURCES}, got {name!r}")
+    with torch.device("meta"):
+        return _BUILDERS[source](rest, kwargs)
+
+
+def _timm(name, kwargs):
+    timm = import_timm()
+    if not timm.is_model(name):
+        close = ", ".join(timm.list_models(f"*{name.split('_')[0]}*")[:8])
+        raise ValueError(
+            f"explain: timm has no model {name!r}" + (f"; it has {close}" if close else "")
+        )
+    return timm.create_model(name, **kwargs)
+
+
+def _hybridops(name, kwargs):
+    from .. import models
+
+    if name not in models.list_models():
+        raise ValueError(f"explain: hybridops has {', '.join(models.list_models())}, not {name!r}")
+    return models.create_model(name, **kwargs)
+
+
+def _transformers(name, kwargs):
+    try:
+        from transformers import CONFIG_MAPPING, AutoConfig, AutoModel
+    except ImportError:
+        raise ImportError("transformers is not installed: pip install transformers") from None
+    if name in CONFIG_MAPPING:
+        config = AutoConfig.for_model(name, **kwargs)
+    else:
+        try:
+            config = AutoConfig.from_pretrained(name, local_files_only=True, **kwargs)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"explain: the configuration of {name!r} is not in the local cache, and nothing is downloaded here; "
+                f"download it with transformers first, or name a model type such as 'transformers:vit'"
+            ) from error
+    return AutoModel.from_config(config)
+
+
+_BUILDERS = {"timm": _timm, "hybridops": _hybridops, "transformers": _transformers}

@@ -1,0 +1,100 @@
+"""Which class replaces which: rules by the dotted path of the class they replace, loaded when that class is seen.
+
+A rule is a subclass of `Fast` and of the class it replaces. Third parties add theirs with `register`, in a module that
+an entry point of group "hybridops.rules" names.
+"""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from collections.abc import Callable
+from importlib.metadata import entry_points
+from typing import Any
+
+from torch import nn
+
+from .fast import Fast, dotted
+
+_HERE = "hybridops.optimize"
+RULES: dict[str, str | type[Fast]] = {
+    "timm.layers.attention:Attention": f"{_HERE}.timm_layers:FastAttention",
+    "timm.layers.mlp:Mlp": f"{_HERE}.timm_layers:FastMlp",
+    "timm.layers.patch_embed:PatchEmbed": f"{_HERE}.timm_layers:FastPatchEmbed",
+    "timm.models.vision_transformer:Block": f"{_HERE}.timm_vit:FastBlock",
+    "timm.models.levit:ConvNorm": f"{_HERE}.timm_levit:FastConvNorm",
+    "timm.models.levit:LinearNorm": f"{_HERE}.timm_levit:FastLinearNorm",
+    "timm.models.levit:NormLinear": f"{_HERE}.timm_levit:FastNormLinear",
+    "timm.models.levit:Stem8": f"{_HERE}.timm_levit:FastStem8",
+    "timm.models.levit:Stem16": f"{_HERE}.timm_levit:FastStem16",
+    "timm.models.levit:Attention": f"{_HERE}.timm_levit:FastAttention",
+    "timm.models.levit:AttentionDownsample": f"{_HERE}.timm_levit:FastAttentionDownsample",
+    "timm.models.levit:LevitMlp": f"{_HERE}.timm_levit:FastLevitMlp",
+    "timm.models.levit:LevitBlock": f"{_HERE}.timm_levit:FastLevitBlock",
+    "timm.models.levit:LevitDownsample": f"{_HERE}.timm_levit:FastLevitDownsample",
+    "timm.models.levit:LevitDistilled": f"{_HERE}.timm_levit:FastLevitDistilled",
+    "timm.models.twins:Twins": f"{_HERE}.timm_twins:FastTwins",
+    "timm.models.twins:Block": f"{_HERE}.timm_twins:FastBlock",
+    "timm.models.twins:PatchEmbed": f"{_HERE}.timm_twins:FastPatchEmbed",
+    "timm.models.twins:PosConv": f"{_HERE}.timm_twins:FastPosConv",
+    "timm.models.twins:LocallyGroupedAttn": f"{_HERE}.timm_twins:FastLocallyGroupedAttn",
+    "timm.models.twins:GlobalSubSampleAttn": f"{_HERE}.timm_twins:FastGlobalSubSampleAttn",
+}
+_plugins_loaded = False
+
+
+def register(path: str, rule: str | type[Fast] | None = None) -> Any:
+    """Replace the class at `path` ("package.module:Class") by `rule`: a Fast class, or its own dotted path (lazy).
+
+    Without `rule` it is a decorator. The newest registration of a path wins.
+    """
+    if path.count(":") != 1:
+        raise ValueError(f"register: path must be 'package.module:Class', got {path!r}")
+    if rule is not None:
+        RULES[path] = rule
+        return rule
+
+    def decorate(cls: type[Fast]) -> type[Fast]:
+        RULES[path] = cls
+        return cls
+
+    return decorate
+
+
+def load_plugins() -> None:
+    """Import what the entry points of group "hybridops.rules" name, once; one that fails is a warning."""
+    global _plugins_loaded
+    if _plugins_loaded:
+        return
+    _plugins_loaded = True
+    for entry in entry_points(group="hybridops.rules"):
+        try:
+            entry.load()
+        except Exception as error:  # someone else's package must not break this one
+            warnings.warn(
+                f"hybridops: the rules of {entry.value} do not load: {error}", RuntimeWarning
+            )
+
+
+def _original(cls: type[nn.Module]) -> type[nn.Module]:
+    return cls.original if issubclass(cls, Fast) else cls
+
+
+def find(module: nn.Module) -> tuple[type[Fast] | None, str | None]:
+    """(rule, None), (None, reason it is left alone), or (None, None) where no rule names this class or its bases."""
+    cls = _original(type(module))
+    rule = RULES.get(dotted(cls))
+    if rule is not None:
+        return _load(rule), None
+    base = next((b for b in cls.__mro__ if dotted(b) in RULES), None)
+    if base is None:
+        return None, None
+    return None, f"a subclass of {dotted(base)}, whose rule serves that class only"
+
+
+def _load(rule: str | type[Fast]) -> type[Fast]:
+    if not isinstance(rule, str):
+        return rule
+    module, _, name = rule.partition(":")
+    loaded: Callable[..., Any] = importlib.import_module(module)  # type: ignore[assignment]
+    return getattr(loaded, name)

@@ -1,0 +1,251 @@
+"""optimize() and restore(): replace classes in place, and put them back.
+
+Only classes change. Parameters, buffers, names and hooks stay where they are; what a Fast class derives from them is
+cached beside them and dropped by restore().
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any, TypeVar
+
+from torch import nn
+
+from .. import backend as backends
+from ..nn import _derived
+from . import rules
+from .fast import PLAN, Fast, Plan, dotted, original_class
+
+JOURNAL = "_hybridops_journal"
+MODES = ("inference", "train")
+_HOT = (
+    nn.Linear,
+    nn.Conv2d,
+    nn.MultiheadAttention,
+)  # worth a line in the report when nothing serves them
+
+Model = TypeVar("Model", bound=nn.Module)
+Filter = Callable[[nn.Module, str], bool]
+
+
+class NothingToOptimize(ValueError):
+    """No rule serves any layer of the model."""
+
+
+@dataclass
+class Layer:
+    """One hot layer: replaced by `rule`, or left alone for `reason`."""
+
+    fqn: str
+    old: str
+    rule: str | None = None
+    reason: str | None = None
+
+
+@dataclass
+class Journal:
+    """What optimize() did to a model, kept on it for report() and restore()."""
+
+    options: dict[str, Any]
+    layers: list[Layer] = field(default_factory=list)
+    fallbacks: Counter[tuple[str, str]] = field(
+        default_factory=Counter
+    )  # backend.fallbacks at that time
+    verification: Any = None
+    handles: list[Any] = field(default_factory=list)
+
+
+def optimize(
+    model: Model,
+    mode: str = "inference",
+    fold: bool = True,
+    precision: str = "exact",
+    exclude: str | Sequence[str] = (),
+    filter_fn: Filter | None = None,
+    backend: str = "auto",
+    example: Any = None,
+    verify: bool = False,
+    strict: bool = True,
+) -> Model:
+    """Replace every layer that has a rule by its fast twin, in place, and return the model.
+
+    mode: "inference" folds norms into weights and packs them (where the model trains, it computes as it did before);
+        "train" only swaps kernels. fold=False: kernels only, in inference too. state_dict never changes.
+    precision: "exact": the model's own dtype, fp32 accumulation, error at most 2x torch's own.
+    exclude: glob patterns of names ("head*", "blocks.0"); what matches, all below it, and whatever would bypass it
+        stay as they are. filter_fn(module, name) decides for each module by itself.
+    backend: "auto", or a name for hybridops.use(), in force while the model runs.
+    example: an input of the model (or a tuple of its arguments) for verify=True, which checks every replaced layer
+        against float64 and raises VerificationError, restoring the model, when one fails.
+    strict: raise NothingToOptimize where no rule serves; False warns.
+
+    A second call with the same options changes nothing; restore() first for others.
+    Raises ValueError for unknown options, BackendUnavailable for a backend that this process does not have.
+    """
+    options = {"mode": mode, "fold": fold, "precision": precision, "backend": backend}
+    _check_options(model, options, example, verify)
+    rules.load_plugins()
+    patterns = [exclude] if isinstance(exclude, str) else list(exclude)
+    journal = model.__dict__.get(JOURNAL)
+    if journal is not None and journal.options != options:
+        raise ValueError(
+            f"optimize: already optimized with {journal.options}; restore(model) first"
+        )
+    layers, swaps = survey(model, mode, patterns, filter_fn)
+    if not any(layer.rule for layer in layers):
+        _nothing(model, layers, strict)
+    for module, rule in swaps:
+        _swap(module, rule, Plan(fold=fold and mode == "inference"))
+    _watch(model)
+    if journal is None:
+        journal = Journal(options, fallbacks=Counter(backends.fallbacks))
+        journal.handles = [] if backend == "auto" else _force(model, backend)
+        model.__dict__[JOURNAL] = journal
+    journal.layers = layers
+    if verify:
+        from .verify import verify as check  # verify needs restore
+
+        try:
+            check(model, example, raises=True)
+        except Exception:
+            restore(model)
+            raise
+    return model
+
+
+def restore(model: Model) -> Model:
+    """Undo optimize(), bit for bit: classes, attributes, caches. A model that was never optimized stays as it is."""
+    for module in model.modules():
+        if isinstance(module, Fast):
+            type(module).undo(module)
+            module.__dict__.pop(PLAN, None)
+            _derived.clear(module)
+            module.__class__ = module.original
+        journal = module.__dict__.pop(JOURNAL, None)
+        for handle in journal.handles if journal else ():
+            handle.remove()
+    return model
+
+
+def survey(
+    model: nn.Module, mode: str, patterns: Sequence[str] = (), filter_fn: Filter | None = None
+) -> tuple[list[Layer], list[tuple[nn.Module, type[Fast]]]]:
+    """Every hot layer with its rule or its reason, and the swaps to make; changes nothing."""
+    layers, swaps, covered = [], [], set()
+    names = {id(module): fqn for fqn, module in model.named_modules()}
+    for fqn, module in model.named_modules():
+        layer = Layer(fqn, dotted(original_class(module)))
+        rule, layer.reason = rules.find(module)
+        if rule is not None:
+            layer.reason = _reason(module, fqn, rule, mode, patterns, filter_fn, names)
+            if layer.reason is None:
+                layer.rule = dotted(rule)
+                covered.update(id(m) for child in rule.bypassed(module) for m in child.modules())
+                if not isinstance(module, Fast):
+                    swaps.append((module, rule))
+        elif layer.reason is None and isinstance(module, _HOT) and id(module) not in covered:
+            layer.reason = "no rule"
+        if layer.rule or layer.reason:
+            layers.append(layer)
+    return layers, swaps
+
+
+def _reason(module, fqn, rule, mode, patterns, filter_fn, names):
+    if isinstance(module, Fast):
+        return None
+    if _excluded(fqn, patterns):
+        return "excluded"
+    if filter_fn is not None and not filter_fn(module, fqn):
+        return "filter_fn"
+    for child in rule.bypassed(module):
+        for below in child.modules():
+            if _excluded(names[id(below)], patterns):
+                return f"holds the excluded {names[id(below)]}"
+            if below._forward_hooks or below._forward_pre_hooks or "forward" in vars(below):
+                return f"{names[id(below)]} is hooked, and would be bypassed"
+    if "forward" in vars(module):
+        return "its forward is overridden on the instance"
+    return rule.unserved(module, mode)
+
+
+def _excluded(fqn, patterns):
+    """Whether a pattern names this module or one that holds it."""
+    parts = fqn.split(".")
+    ancestry = [".".join(parts[: i + 1]) for i in range(len(parts))]
+    return any(fnmatchcase(name, pattern) for pattern in patterns for name in ancestry)
+
+
+def _swap(module, rule, plan):
+    plan.facts = rule.facts(module)
+    module.__dict__[PLAN] = plan
+    rule.apply(module)
+    module.__class__ = rule
+
+
+def _watch(model):
+    """Settle what every replaced module bypasses, once all classes are what they will be."""
+    for module in model.modules():
+        if isinstance(module, Fast):
+            module.__dict__[PLAN].watch(module, type(module).bypassed(module))
+
+
+def _check_options(model, options, example, verify):
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"optimize: model must be an nn.Module, got {type(model).__name__}")
+    if options["mode"] not in MODES:
+        raise ValueError(
+            f"optimize: mode must be one of {', '.join(MODES)}, got {options['mode']!r}"
+        )
+    if options["precision"] != "exact":
+        raise ValueError(f"optimize: precision must be 'exact', got {options['precision']!r}")
+    if verify and example is None:
+        raise ValueError("optimize: verify=True needs example, an input of the model")
+    if options["backend"] != "auto":
+        with backends.use(options["backend"]):  # raises for unknown and for absent ones
+            pass
+
+
+def _nothing(model, layers, strict):
+    found = sorted({layer.reason for layer in layers if layer.reason and layer.reason != "no rule"})
+    why = f" Left alone: {'; '.join(found[:5])}." if found else ""
+    message = (
+        f"no rule serves any layer of {dotted(original_class(model))}.{why} "
+        f"Looked for {len(rules.RULES)} classes: {', '.join(sorted(rules.RULES))}"
+    )
+    if strict:
+        raise NothingToOptimize(message)
+    warnings.warn(message, stacklevel=3)
+
+
+class _Forced:
+    """Forward hooks of the model that hold hybridops.use(name) open while it runs."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.open: list[AbstractContextManager[None]] = []
+
+    def enter(self, module: nn.Module, args: Any) -> None:
+        context = backends.use(self.name)
+        context.__enter__()
+        self.open.append(context)
+
+    def leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        self.open.pop().__exit__(None, None, None)
+
+
+def _force(model, name):
+    forced = _Forced(name)
+    return [
+        model.register_forward_pre_hook(forced.enter),
+        model.register_forward_hook(forced.leave, always_call=True),
+    ]
+
+
+def replaced(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The modules that optimize() replaced, by name."""
+    return ((fqn, module) for fqn, module in model.named_modules() if isinstance(module, Fast))

@@ -1,0 +1,115 @@
+"""timm's vision_transformer.Block: norms in front of the products, residuals behind them, LayerScale in the weights."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from timm.layers import DropPath, LayerScale
+from timm.layers.attention import Attention
+from timm.layers.mlp import Mlp
+from timm.layers.norm import LayerNorm
+from timm.models.vision_transformer import Block
+from torch import nn
+
+from ..nn._derived import Weights, derived
+from ..ops import linear
+from .fast import (
+    Fast,
+    activation_name,
+    fall_back,
+    first,
+    not_layer_norm,
+    not_one_of,
+    one_dtype,
+    scaled,
+)
+from .timm_layers import FastAttention, FastMlp, attend
+
+
+class _Weights(NamedTuple):
+    qkv: Weights
+    proj: Weights
+    fc1: Weights
+    fc2: Weights
+
+
+def norm_of(norm):
+    """A LayerNorm module as linear's `norm`."""
+    return norm.weight, norm.bias, norm.eps
+
+
+class FastBlock(Fast, Block):
+    @classmethod
+    def unserved(cls, module, mode):
+        attn, mlp = module.attn, module.mlp
+        reason = first(
+            (
+                not_one_of("attn", attn, Attention),
+                not_one_of("mlp", mlp, Mlp),
+                not_layer_norm("norm1", module.norm1, LayerNorm),
+                not_layer_norm("norm2", module.norm2, LayerNorm),
+                not_one_of("ls1", module.ls1, nn.Identity, LayerScale),
+                not_one_of("ls2", module.ls2, nn.Identity, LayerScale),
+                not_one_of("drop_path1", module.drop_path1, nn.Identity, DropPath),
+                not_one_of("drop_path2", module.drop_path2, nn.Identity, DropPath),
+            )
+        )
+        if reason:
+            return reason
+        reason = FastAttention.unserved(attn, "inference")
+        if reason:
+            return f"attn: {reason}"
+        reason = FastMlp.unserved(mlp, "inference")
+        if reason:
+            return f"mlp: {reason}"
+        if type(attn.norm) is not nn.Identity or type(mlp.norm) is not nn.Identity:
+            return "a norm inside attn or mlp; those are served on their own"
+        return (
+            "training keeps the block as it is; attn and mlp are served"
+            if mode == "train"
+            else None
+        )
+
+    @classmethod
+    def facts(cls, module):
+        return activation_name(module.mlp.act)
+
+    def forward(self, x, attn_mask=None, is_causal=False):
+        plan = self._hybridops_plan
+        if attn_mask is not None or is_causal:
+            fall_back("timm Block", "mask")
+            return Block.forward(self, x, attn_mask, is_causal)
+        weights = self._weights() if plan.folds(self, x) else None
+        if weights is None:
+            return Block.forward(self, x)
+        qkv, proj, fc1, fc2 = weights
+        out = attend(
+            self.attn, linear(x, qkv.weight, qkv.bias, norm=norm_of(self.norm1), packed=qkv.packed)
+        )
+        x = linear(out, proj.weight, proj.bias, residual=x, packed=proj.packed)
+        h = linear(
+            x,
+            fc1.weight,
+            fc1.bias,
+            norm=norm_of(self.norm2),
+            activation=plan.facts,
+            packed=fc1.packed,
+        )
+        return linear(h, fc2.weight, fc2.bias, residual=x, packed=fc2.packed)
+
+    def _weights(self):
+        """The four products' weights, or None where the parts differ in dtype."""
+        attn, mlp = self.attn, self.mlp
+        layers = (attn.qkv, attn.proj, mlp.fc1, mlp.fc2)
+        gamma1 = self.ls1.gamma if type(self.ls1) is LayerScale else None
+        gamma2 = self.ls2.gamma if type(self.ls2) is LayerScale else None
+        norms = (self.norm1.weight, self.norm2.weight)
+
+        def make():
+            if not one_dtype((*norms, *(layer.weight for layer in layers))):
+                return None
+            gammas = (None, gamma1, None, gamma2)
+            return _Weights(*map(scaled, layers, gammas))
+
+        tensors = [t for layer in layers for t in (layer.weight, layer.bias)]
+        return derived(self, "block", (*tensors, gamma1, gamma2, *norms), make)
