@@ -29,6 +29,7 @@ from pathlib import Path
 from setuptools import Command, Extension, find_packages, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 NATIVE = (
@@ -65,8 +66,8 @@ def find_compiler() -> tuple[str, str]:
         banner = subprocess.run(ask, capture_output=True, text=True, check=True).stdout
         ask[-1:] = ["-dumpfullversion", "-dumpversion"]
         version = subprocess.run(ask, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError) as error:
-        raise Unbuildable(f"the C++ compiler does not run: {command} ({error})") from None
+    except (OSError, subprocess.CalledProcessError):
+        raise Unbuildable(f"the C++ compiler does not run: {command}") from None
     return command, f"{'clang' if 'clang' in banner else 'gcc'} {version}"
 
 
@@ -202,6 +203,13 @@ def place(source: Path, destination: Path) -> None:
     os.replace(fresh, destination)
 
 
+class BuildPy(build_py):
+    def run(self):
+        if not self.editable_mode:  # a module deleted since the last build must not be installed
+            shutil.rmtree(Path(self.build_lib) / "hybridops", ignore_errors=True)
+        super().run()
+
+
 class BuildExt(build_ext):
     user_options = [*build_ext.user_options, ("strict", None, "fail when a library does not build")]
     boolean_options = [*build_ext.boolean_options, "strict"]
@@ -294,6 +302,7 @@ setup(
     # Names the platform-dependent part; BuildExt.run builds it and the CPU libraries.
     ext_modules=[Extension("hybridops._host", ["csrc/host/probe.cpp"], optional=True)],
     cmdclass={
+        "build_py": BuildPy,
         "build_ext": BuildExt,
         "build_emulated512": BuildEmulated512,
         "bdist_wheel": BdistWheel,
