@@ -119,6 +119,11 @@ def which(op: str, x: Tensor, unserved: str | None = None) -> str:
     return "reference"
 
 
+def reference_forced() -> bool:
+    """True inside `use("reference")`: modules then run child by child, as plain torch would."""
+    return _forced == "reference"
+
+
 @contextmanager
 def use(name: str) -> Iterator[None]:
     """Force one backend for the whole process while the block runs: "cpu", "triton", "cuda" or "reference".

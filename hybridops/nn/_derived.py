@@ -1,8 +1,9 @@
-"""Tensors made from a module's parameters for inference (norms folded, weights packed), never stale.
+"""Tensors made from a module's parameters for inference (folded, packed), never stale.
 
-A module keeps its own parameters and buffers, so its state_dict never changes. What is derived from them is cached on
-the module together with the version of every source, and made again as soon as one changes: load_state_dict, an
-optimizer step, `.to()`, an assignment are all seen. Copies and pickles of a module leave the cache behind.
+A module keeps its own parameters and buffers, so its state_dict never changes. What is derived from
+them is cached on the module together with the version of every source, and made again as soon as
+one changes: load_state_dict, an optimizer step, `.to()`, an assignment are all seen. Copies and
+pickles of a module leave the cache behind.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ class _Cache(dict):
 
 
 class _Entry(NamedTuple):
-    sources: tuple[Tensor | None, ...]  # aliases: they keep the storage alive, so an equal data_ptr means the same one
+    # aliases keep the storage alive, so that an equal data_ptr means the same storage
+    sources: tuple[Tensor | None, ...]
     versions: tuple[int | None, ...]
     value: Any
 
@@ -38,10 +40,15 @@ def clear(module: nn.Module) -> None:
     module.__dict__.pop(_KEY, None)
 
 
-def derived(owner: nn.Module, name: str, sources: Sequence[Tensor | None], make: Callable[[], Any]) -> Any:
+def derived(
+    owner: nn.Module,
+    name: str | tuple[str, torch.dtype],
+    sources: Sequence[Tensor | None],
+    make: Callable[[], Any],
+) -> Any:
     """make(), cached on `owner` under `name` until one of `sources` changes.
 
-    Not cached where it must stay part of the graph: while compiling, and while a source collects gradients.
+    Not cached where it must stay in the graph: while compiling, and while a source wants gradients.
     """
     if torch.compiler.is_compiling():
         return make()
@@ -55,9 +62,11 @@ def derived(owner: nn.Module, name: str, sources: Sequence[Tensor | None], make:
         return entry.value
     with torch.inference_mode(False), torch.no_grad():
         value = make()
-    if not any(s is not None and s.is_inference() for s in sources):  # those carry no version to watch
+    # inference tensors carry no version to watch
+    if not any(s is not None and s.is_inference() for s in sources):
         versions = tuple(None if s is None else s._version for s in sources)
-        cache[name] = _Entry(tuple(None if s is None else s.detach() for s in sources), versions, value)
+        aliases = tuple(None if s is None else s.detach() for s in sources)
+        cache[name] = _Entry(aliases, versions, value)
     return value
 
 
@@ -66,15 +75,19 @@ def _is_fresh(entry: _Entry, sources: Sequence[Tensor | None]) -> bool:
         if source is None or alias is None:
             if source is not alias:
                 return False
-        elif source.is_inference() or source._version != version or source.data_ptr() != alias.data_ptr():
-            return False
-        elif source.dtype != alias.dtype or source.shape != alias.shape:
+        elif (
+            source.is_inference()
+            or source._version != version
+            or source.data_ptr() != alias.data_ptr()
+            or source.dtype != alias.dtype
+            or source.shape != alias.shape
+        ):
             return False
     return True
 
 
 class Weights(NamedTuple):
-    """What a kernel takes: the (folded) weight and bias, and the weight packed, or None where packing does not pay."""
+    """What a kernel takes: (folded) weight and bias, and the weight packed or None."""
 
     weight: Tensor
     bias: Tensor | None
@@ -85,8 +98,8 @@ def _norm_sources(norm):
     return () if norm is None else (norm.weight, norm.bias, norm.running_mean, norm.running_var)
 
 
-def norm_affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
-    """An eval-mode BatchNorm as y = x * scale + shift, in fp64 so that folding adds no error of its own."""
+def norm_affine(norm: Any) -> tuple[Tensor, Tensor]:
+    """An eval-mode BatchNorm as y = x * scale + shift, in fp64 so that folding adds no error."""
     mean, var = norm.running_mean.double(), norm.running_var.double()
     scale = (var + norm.eps).rsqrt()
     if norm.weight is not None:
@@ -95,7 +108,7 @@ def norm_affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
     return scale, shift if norm.bias is None else shift + norm.bias.double()
 
 
-def fold_behind(weight: Tensor, bias: Tensor | None, norm: nn.Module | None) -> tuple[Tensor, Tensor | None]:
+def fold_behind(weight: Tensor, bias: Tensor | None, norm: Any) -> tuple[Tensor, Tensor | None]:
     """norm(weight * x + bias) as one weight and bias; output channels come first."""
     if norm is None:
         return weight, bias
@@ -105,7 +118,7 @@ def fold_behind(weight: Tensor, bias: Tensor | None, norm: nn.Module | None) -> 
     return folded.to(weight.dtype), shift.to(weight.dtype)
 
 
-def fold_in_front(weight: Tensor, bias: Tensor | None, norm: nn.Module) -> tuple[Tensor, Tensor]:
+def fold_in_front(weight: Tensor, bias: Tensor | None, norm: Any) -> tuple[Tensor, Tensor]:
     """weight @ norm(x) + bias as one weight (N, K) and bias."""
     scale, shift = norm_affine(norm)
     wide = weight.double()
@@ -113,34 +126,57 @@ def fold_in_front(weight: Tensor, bias: Tensor | None, norm: nn.Module) -> tuple
     return (wide * scale).to(weight.dtype), moved.to(weight.dtype)
 
 
-def _weights(owner, name, layer, norm, fold, pack):
+def _weights(owner, name, sources, fold, pack) -> Weights:
+    """What fold() gives, packed; under autocast in its dtype, rounded once behind the fold."""
+    device = sources[0].device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
     def make():
-        weight, bias = fold(layer.weight, layer.bias, norm)
+        weight, bias = fold()
+        if dtype is not None and weight.dtype != torch.float64:
+            weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
         graph = torch.compiler.is_compiling() or weight.requires_grad
         return Weights(weight, bias, None if graph else pack(weight))
 
-    return derived(owner, name, (layer.weight, layer.bias, *_norm_sources(norm)), make)
+    return derived(owner, name if dtype is None else (name, dtype), sources, make)
 
 
-def linear_weights(owner: nn.Module, name: str, linear: nn.Module, norm: nn.Module | None = None) -> Weights:
+def linear_weights(owner: nn.Module, name: str, linear: nn.Module, norm: Any = None) -> Weights:
     """An nn.Linear (or 1x1 convolution), with the eval-mode BatchNorm behind it folded in."""
+    weight, bias = linear.weight, linear.bias
+    sources = (weight, bias, *_norm_sources(norm))
+    return _weights(
+        owner, name, sources, lambda: fold_behind(weight.flatten(1), bias, norm), pack_linear
+    )
 
-    def fold(weight, bias, norm):
-        return fold_behind(weight.flatten(1), bias, norm)
 
-    return _weights(owner, name, linear, norm, fold, pack_linear)
-
-
-def normed_linear_weights(owner: nn.Module, name: str, norm: nn.Module, linear: nn.Module) -> Weights:
+def normed_linear_weights(owner: nn.Module, name: str, norm: Any, linear: Any) -> Weights:
     """An nn.Linear with the eval-mode BatchNorm in front of it folded in (LeViT's heads)."""
-    return _weights(owner, name, linear, norm, fold_in_front, pack_linear)
+    weight, bias = linear.weight, linear.bias
+    sources = (weight, bias, *_norm_sources(norm))
+    return _weights(owner, name, sources, lambda: fold_in_front(weight, bias, norm), pack_linear)
 
 
-def conv_weights(owner: nn.Module, name: str, conv: nn.Module, norm: nn.Module | None = None) -> Weights:
+def weight_rows(
+    owner: nn.Module, name: str, weight: Tensor, bias: Tensor | None, start: int, stop: int
+) -> Weights:
+    """Output features start ... stop of a linear layer (queries alone out of a packed qkv, say)."""
+
+    def rows():
+        return weight[start:stop], None if bias is None else bias[start:stop]
+
+    return _weights(owner, name, (weight, bias), rows, pack_linear)
+
+
+def conv_weights(owner: nn.Module, name: str, conv: nn.Module, norm: Any = None) -> Weights:
     """An nn.Conv2d of a stem, with the eval-mode BatchNorm behind it folded in."""
-    return _weights(owner, name, conv, norm, fold_behind, pack_conv)
+    weight, bias = conv.weight, conv.bias
+    sources = (weight, bias, *_norm_sources(norm))
+    return _weights(owner, name, sources, lambda: fold_behind(weight, bias, norm), pack_conv)
 
 
-def patch_weights(owner: nn.Module, name: str, conv: nn.Module, norm: nn.Module | None = None) -> Weights:
+def patch_weights(owner: nn.Module, name: str, conv: nn.Module, norm: Any = None) -> Weights:
     """An nn.Conv2d that cuts an image into patches."""
-    return _weights(owner, name, conv, norm, fold_behind, pack_patch)
+    weight, bias = conv.weight, conv.bias
+    sources = (weight, bias, *_norm_sources(norm))
+    return _weights(owner, name, sources, lambda: fold_behind(weight, bias, norm), pack_patch)

@@ -1,0 +1,125 @@
+"""When one op may stand in for several modules, and when the modules must be called themselves.
+
+An op replaces the call of a child module only if that call is nothing but the child's arithmetic:
+its own class (not a LoRA or quantised stand-in, not parametrized) and no hooks.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from .. import backend, ops
+from ..ops._contract import ACTIVATIONS as ACTIVATE
+from ._derived import linear_weights
+
+LINEARS = {nn.Linear, NonDynamicallyQuantizableLinear}
+CONVS = {nn.Conv2d}
+BATCH_NORMS = {nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm}
+LAYER_NORMS = {nn.LayerNorm}  # a rule adds here the classes that it knows to mean the same
+ACTIVATIONS = {
+    nn.Identity: "none",
+    nn.ReLU: "relu",
+    nn.GELU: "gelu",
+    nn.SiLU: "silu",
+    nn.Hardswish: "hardswish",
+}
+
+
+def is_hooked(module: Any) -> bool:
+    """Whether somebody watches or changes what goes in and out of this very module."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
+
+
+def is_ours(module: Any, cls: type[nn.Module]) -> bool:
+    """Whether calling `module` is nothing but cls.forward: then its parent may fuse across it."""
+    return type(module).forward is cls.forward and not is_hooked(module)
+
+
+def is_plain(module: nn.Module | None, classes) -> bool:
+    return type(module) in classes and not is_hooked(module)
+
+
+def activation_name(module: nn.Module) -> str | None:
+    """The op's word for an activation module, or None where the module must be called."""
+    name = ACTIVATIONS.get(type(module))
+    if name is None or is_hooked(module):
+        return None
+    if name == "gelu" and module.approximate == "tanh":
+        return "gelu_tanh"
+    return name
+
+
+def is_off(module: nn.Module | None) -> bool:
+    """A dropout or stochastic depth that changes nothing in this call."""
+    if module is None or type(module) is nn.Identity:
+        return True
+    if is_hooked(module):
+        return False
+    p = module.p if type(module) is nn.Dropout else getattr(module, "drop_prob", None)
+    return p is not None and (p == 0 or not module.training)
+
+
+def norm_args(norm: Any, x: Tensor) -> tuple[Tensor, Tensor | None, float] | None:
+    """A LayerNorm over the last dimension as ops.linear takes it, or None if it must be called."""
+    if not is_plain(norm, LAYER_NORMS) or norm.weight is None or norm.weight.dtype != x.dtype:
+        return None
+    return (norm.weight, norm.bias, norm.eps) if len(norm.normalized_shape) == 1 else None
+
+
+def keeps_fp32(x: Tensor) -> bool:
+    """Autocast: torch computes LayerNorm and the residual stream in fp32, so they stay apart."""
+    return torch.is_autocast_enabled(x.device.type)
+
+
+def fused_linear(
+    owner: nn.Module,
+    name: str,
+    x: Tensor,
+    *,
+    norm: nn.Module | None = None,
+    activation: str = "none",
+    residual: Tensor | None = None,
+) -> Tensor:
+    """activation(linear(norm(x))) + residual, linear being owner's child `name`: one op if it may.
+
+    Inside `use("reference")` the child is called, as plain torch would.
+    """
+    linear: Any = owner._modules[name]
+    if backend.reference_forced() or not is_plain(linear, LINEARS):
+        y = linear(x if norm is None else norm(x))
+        return finish(y, activation, residual)
+    affine = None
+    if norm is not None:
+        affine = None if keeps_fp32(x) else norm_args(norm, x)
+        if affine is None:
+            x = norm(x)
+    w = linear_weights(owner, name, linear)
+    if residual is not None and keeps_fp32(x):
+        y = ops.linear(x, w.weight, w.bias, norm=affine, activation=activation, packed=w.packed)
+        return residual + y
+    return ops.linear(
+        x,
+        w.weight,
+        w.bias,
+        norm=affine,
+        activation=activation,
+        residual=residual,
+        packed=w.packed,
+    )
+
+
+def finish(y: Tensor, activation: str = "none", residual: Tensor | None = None) -> Tensor:
+    """activation(y) + residual in plain torch."""
+    if activation != "none":
+        y = ACTIVATE[activation](y)
+    return y if residual is None else residual + y
