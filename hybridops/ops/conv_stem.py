@@ -180,8 +180,8 @@ def _gradient(ctx, dy):
         padding = ctx.paddings[4 * i : 4 * i + 4]
         d, dweights[i], dbiases[i] = conv_backward(dz, inputs[i], weights[i], ctx.strides[i], padding, needs_dinput)
         if i > 0:
-            d = d.flatten(2).transpose(1, 2)
-    dimage = d if ctx.needs_input_grad[0] else None
+            d = d.flatten(1, 2)
+    dimage = d.permute(0, 3, 1, 2) if ctx.needs_input_grad[0] else None
     dpool = None if len(ctx.pool) else []  # torch takes any empty list for one of tensors
     return dimage, dweights, dbiases, [None] * ctx.npacked, None, None, None, dpool
 
