@@ -1,0 +1,157 @@
+"""The command line: `hybridops` and `python -m hybridops`.
+
+Each command lives in the file of its name and is imported only when it runs, so `--help` and
+`doctor` work without timm, torchvision, pillow or matplotlib.
+
+Exit codes: 0 fine; 1 the answer is bad news (a broken error rule, no C++ library); 2 the request
+cannot be served (one line on stderr says why).
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+from .. import __version__
+
+
+class UserError(Exception):
+    """Something that the user can put right: shown as one line, without a traceback."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    parser = _build_parser()
+    try:
+        arguments = parser.parse_args(argv)
+        if arguments.command is None:
+            parser.print_help()
+            return 0
+        command = importlib.import_module(f".{arguments.command}", __package__)
+        code = command.run(arguments)
+        sys.stdout.flush()
+        return code
+    except SystemExit as stop:  # argparse: --help, --version, a bad option
+        return stop.code if isinstance(stop.code, int) else 2
+    except (UserError, ImportError) as error:
+        print(f"hybridops: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("hybridops: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader (head, less) has gone; nothing is left to tell
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _build_parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="hybridops",
+        description="Fast kernels for CNN-Transformer hybrid vision models.",
+        epilog="example:\n  hybridops demo",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"hybridops {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+
+    def add(name: str, summary: str, *examples: str) -> argparse.ArgumentParser:
+        lines = "\n  ".join(f"hybridops {name} {example}".rstrip() for example in examples)
+        return commands.add_parser(
+            name,
+            help=summary,
+            description=summary[0].upper() + summary[1:] + ".",
+            epilog=f"example:\n  {lines}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+
+    _add_demo(add)
+    _add_doctor(add)
+    _add_explain(add)
+    _add_optimize(add)
+    return parser
+
+
+MODEL_HELP = "timm:NAME, hybridops:NAME, or a plain name (looked up in timm, then in hybridops)"
+
+
+def _add_demo(add) -> None:
+    demo = add(
+        "demo",
+        "optimize three hybrid models and compare speed and error with plain torch",
+        "",
+        "cat.jpg dog.png --models levit_256 hybridops:cpvt_tiny --out cats.png",
+    )
+    demo.add_argument(
+        "images", nargs="*", metavar="IMAGE", help="default: scikit-learn's two sample photographs"
+    )
+    demo.add_argument("--models", nargs="+", metavar="MODEL", help=MODEL_HELP)
+    demo.add_argument("--out", type=Path, default=Path("hybridops_demo.png"), help="the chart")
+    demo.add_argument("--json", type=Path, metavar="FILE", help="write the figures as JSON")
+    demo.add_argument("--rounds", type=_positive, metavar="N", help="timed rounds (default: ~3 s)")
+    demo.add_argument("--threads", type=_positive, metavar="N", help="default: as torch chooses")
+    demo.add_argument("--quick", action="store_true", help="few rounds: a try, not a measurement")
+    _add_download(demo)
+
+
+def _add_doctor(add) -> None:
+    doctor = add(
+        "doctor",
+        "say what serves each op here, what is missing, and how to get it",
+        "",
+        "--json",
+    )
+    doctor.add_argument("--json", action="store_true", help="the same as one JSON object")
+
+
+def _add_explain(add) -> None:
+    explain = add(
+        "explain",
+        "list what optimize() would replace in a model, without its weights",
+        "timm:levit_256",
+        "hybridops:cpvt_tiny",
+    )
+    explain.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+
+
+def _add_optimize(add) -> None:
+    optimize = add(
+        "optimize",
+        "optimize one model and compare it with plain torch on your images",
+        "timm:levit_256 --image cat.jpg dog.png",
+        "twins_svt_small --image cat.jpg --dtype bf16 --repeat 50",
+    )
+    optimize.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    optimize.add_argument("--image", nargs="+", required=True, metavar="PATH", dest="images")
+    optimize.add_argument("--repeat", type=_positive, metavar="N", help="rounds (default: ~3 s)")
+    optimize.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
+    optimize.add_argument("--batch", action="store_true", help="all images in one batch")
+    _add_download(optimize)
+
+
+def _add_download(command) -> None:
+    command.add_argument(
+        "--download-seconds",
+        type=_positive,
+        default=40,
+        metavar="S",
+        help="longest wait for weights from a hub that answers (default: 40)",
+    )
+
+
+def _positive(text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1 on, got {text!r}")
+    return value

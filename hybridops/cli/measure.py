@@ -1,0 +1,178 @@
+"""An untouched model against its optimized copy: time side by side, error against float64."""
+
+from __future__ import annotations
+
+import importlib
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from copy import deepcopy
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import hybridops
+
+from ..ops._contract import activate
+from . import UserError
+
+SECONDS, LEAST_ROUNDS, MOST_ROUNDS = 3.0, 15, 1000
+
+
+@dataclass
+class Comparison:
+    """Times in ms per call, errors as max |x - float64| / rms(float64) over all logits."""
+
+    eager_ms: list[float]
+    optimized_ms: list[float]
+    eager_error: float
+    optimized_error: float
+    error_limit: float
+    top5_shared: int  # of the top-5 classes of all images, how many both name
+    top5_total: int
+    top1: list[int]  # the optimized model's first class per image
+
+    @property
+    def eager(self) -> float:
+        return statistics.median(self.eager_ms)
+
+    @property
+    def optimized(self) -> float:
+        return statistics.median(self.optimized_ms)
+
+    @property
+    def speedup(self) -> float:
+        return self.eager / self.optimized
+
+    @property
+    def within_rule(self) -> bool:
+        return self.optimized_error <= self.error_limit  # False for NaN too
+
+    def figures(self) -> dict:
+        """All of it as plain data, medians and verdict included."""
+        derived = {
+            "eager_median_ms": self.eager,
+            "optimized_median_ms": self.optimized,
+            "speedup": self.speedup,
+            "within_rule": self.within_rule,
+        }
+        return derived | asdict(self)
+
+
+def compare(
+    model: nn.Module,
+    batches: list[Tensor],
+    *,
+    ours: bool = False,
+    rounds: int | None = None,
+    quick: bool = False,
+    say: Callable[[str], None] = lambda text: None,
+) -> tuple[Comparison, nn.Module]:
+    """Compare `model`, which stays as it is, with an optimized copy; returns that copy too.
+
+    ours: the model is built from hybridops' own modules, so eager means plain torch in them.
+    rounds: default as many as fit into about 3 s, at least 15.
+    """
+    eager_world = plain_torch if ours else nullcontext
+    say("optimizing")
+    optimized = hybridops.optimize(deepcopy(model))
+    say("computing in float64")
+    with torch.inference_mode():
+        with eager_world():
+            twin = deepcopy(model).double()
+            exact = torch.cat([_logits(twin, x.double()) for x in batches])
+            del twin
+            torchs = torch.cat([_logits(model, x) for x in batches])
+        mine = torch.cat([_logits(optimized, x) for x in batches])
+        eager_ms, optimized_ms = _time(model, optimized, batches, eager_world, rounds, quick, say)
+    eager_error, optimized_error = _error(torchs, exact), _error(mine, exact)
+    k = min(5, exact.shape[1])
+    pairs = zip(mine.topk(k).indices.tolist(), torchs.topk(k).indices.tolist(), strict=True)
+    result = Comparison(
+        eager_ms,
+        optimized_ms,
+        eager_error,
+        optimized_error,
+        2 * eager_error + 4 * torch.finfo(model_dtype(model)).eps,
+        sum(len(set(a) & set(b)) for a, b in pairs),
+        k * exact.shape[0],
+        mine.argmax(1).tolist(),
+    )
+    return result, optimized
+
+
+def model_dtype(model: nn.Module) -> torch.dtype:
+    return next(p.dtype for p in model.parameters() if p.is_floating_point())
+
+
+def _logits(model: nn.Module, x: Tensor) -> Tensor:
+    y = model(x)
+    if not isinstance(y, Tensor) or y.ndim != 2:
+        raise UserError("the model does not give one row of class scores per image")
+    return y
+
+
+def _error(x: Tensor, exact: Tensor) -> float:
+    return float((x.double() - exact).abs().max() / exact.square().mean().sqrt())
+
+
+def _time(
+    eager: nn.Module,
+    optimized: nn.Module,
+    batches: list[Tensor],
+    eager_world: Callable[[], AbstractContextManager],
+    rounds: int | None,
+    quick: bool,
+    say: Callable[[str], None],
+) -> tuple[list[float], list[float]]:
+    """Milliseconds per call, both sides in turn within each round, so that drift hits both."""
+    times: tuple[list[float], list[float]] = ([], [])
+    sides = ((eager, eager_world), (optimized, nullcontext))
+    warm_up = 1 if quick else 3
+    least = rounds or (3 if quick else LEAST_ROUNDS)
+    most = rounds or (3 if quick else MOST_ROUNDS)
+    seconds = 0.0
+    for i in range(warm_up + most):
+        if i >= warm_up + least and seconds >= SECONDS:
+            break
+        if i % 5 == 0:
+            say(f"timing, round {max(0, i - warm_up)}")
+        x = batches[i % len(batches)]
+        for (model, world), collected in zip(sides, times, strict=True):
+            with world():
+                start = time.perf_counter()
+                model(x)
+                elapsed = time.perf_counter() - start
+            if i >= warm_up:
+                seconds += elapsed
+                collected.append(elapsed * 1e3)
+    return times
+
+
+@contextmanager
+def plain_torch() -> Iterator[None]:
+    """Our own modules as plain torch would run them: the reference ops, attention through SDPA.
+
+    attention's reference spells the scores out, which a torch user would not do: timed against
+    that, our speed-up would be flattered.
+    """
+    file: Any = importlib.import_module("hybridops.ops.attention")
+    reference = file.attention_reference
+
+    def sdpa(q, k, v, bias, bias_index, key_padding_mask, scale, activation):
+        if bias_index is not None or key_padding_mask is not None:
+            return reference(q, k, v, bias, bias_index, key_padding_mask, scale, activation)
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+        return activate(out.transpose(1, 2), activation)
+
+    file.attention_reference = sdpa
+    try:
+        with hybridops.use("reference"):
+            yield
+    finally:
+        file.attention_reference = reference
