@@ -44,6 +44,12 @@ def each_backend(request) -> str:
 
 
 @pytest.fixture
+def best_backend() -> str:
+    """What serves CPU tensors in this process: the C++ library, or the reference without one."""
+    return backend.available()[0]
+
+
+@pytest.fixture
 def cpu_library() -> str:
     """The name of the C++ library; the test is skipped, with the reason, where there is none."""
     if backend.ISA is None:
