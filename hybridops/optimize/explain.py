@@ -1,4 +1,4 @@
-"""explain(name_or_model): what optimize() would replace, without weights and without changing anything."""
+"""explain(name_or_model): what optimize() would replace; nothing is changed, no weights needed."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ _SOURCES = "timm:NAME, hybridops:NAME, transformers:NAME"
 
 
 def explain(name_or_model: str | nn.Module, mode: str = "inference", **kwargs: Any) -> Report:
-    """What optimize() would do to a model: a Report of every hot layer, with its rule or its reason.
+    """A Report of every hot layer: the rule that optimize() would apply, or its reason not to.
 
-    name_or_model: a model, or "timm:levit_256", "hybridops:cpvt_tiny", "transformers:vit" (a model type with its
-    default configuration, or a name whose configuration is in the local cache). Named models are built without
-    weights; kwargs go to the model's constructor.
+    name_or_model: a model, or "timm:levit_256", "hybridops:cpvt_tiny", "transformers:vit" (a model
+    type with its default configuration, or a name whose configuration is in the local cache). Named
+    models are built without weights; kwargs go to the model's constructor.
     Raises ValueError for a name that nothing knows, ImportError for a library that is missing.
     """
     model = build(name_or_model, **kwargs) if isinstance(name_or_model, str) else name_or_model
@@ -70,8 +70,8 @@ def _transformers(name, kwargs):
             config = AutoConfig.from_pretrained(name, local_files_only=True, **kwargs)
         except (OSError, ValueError) as error:
             raise ValueError(
-                f"explain: the configuration of {name!r} is not in the local cache, and nothing is downloaded here; "
-                f"download it with transformers first, or name a model type such as 'transformers:vit'"
+                f"explain: the configuration of {name!r} is not in the local cache, and nothing is "
+                f"downloaded here; name a model type, such as 'transformers:vit'"
             ) from error
     return AutoModel.from_config(config)
 

@@ -1,7 +1,8 @@
 """What every replacement class shares: its plan, and the test whether it may bypass its children.
 
-`module.__class__ = FastX` keeps parameters, buffers, hooks and names. A Fast forward reads its children's parameters
-and does not call them, so it first makes sure that nobody would notice: no child hooked, replaced or overridden.
+`module.__class__ = FastX` keeps parameters, buffers, hooks and names. A Fast forward reads its
+children's parameters and does not call them, so it first makes sure that nobody would notice: no
+child hooked, replaced or overridden.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ _ACTIVATIONS = {
 
 
 class Plan:
-    """What one replaced module may do, settled by optimize(); part of the module, so copies and pickles carry it."""
+    """What one replaced module may do; part of the module, so copies and pickles carry it."""
 
     def __init__(self, fold: bool) -> None:
         self.fold = fold
@@ -52,8 +53,8 @@ class Plan:
         self._watch([*parents, *((m, list(m._modules)) for m in below)])
 
     def _watch(self, parents: list[tuple[nn.Module, list[str]]]) -> None:
-        named = [(p, k) for p, keys in parents for k in keys if p._modules[k] is not None]
-        self._held = tuple((p._modules, k, p._modules[k]) for p, k in named)
+        held = [(p._modules, k, p._modules[k]) for p, keys in parents for k in keys]
+        self._held = tuple((m, k, child) for m, k, child in held if child is not None)
         self._children = tuple(child for _, _, child in self._held)
         self._classes = tuple(map(type, self._children))
         self._hooks = tuple(
@@ -64,7 +65,7 @@ class Plan:
         )
 
     def intact(self) -> bool:
-        """Whether the children may be bypassed: none of them hooked, replaced, or given another forward since."""
+        """Whether the children may be bypassed: none hooked, replaced, or overridden since."""
         if any(self._hooks) or any(_GLOBAL_HOOKS):
             return False
         for modules, name, child in self._held:
@@ -79,7 +80,8 @@ class Plan:
     def folds(self, module: nn.Module, x: Tensor) -> bool:
         """Whether norms may be folded, weights packed and children bypassed for this call.
 
-        Not while any part trains (dropout alone, say), nor under autocast, which keeps norms and sums in fp32.
+        Not while any part trains (dropout alone, say), nor under autocast, which keeps norms and
+        sums in fp32.
         """
         return (
             self.fold
@@ -93,17 +95,17 @@ class Plan:
 class Fast:
     """Base of every rule: class FastX(Fast, X), where X is the class that it replaces.
 
-    `forward` has X's signature and meaning. `plan(self)` is the module's Plan. Where a call cannot be served, forward
-    calls X.forward(self, ...), whose children are replaced in their own right.
+    `forward` has X's signature and meaning. `plan(self)` is the module's Plan. Where a call cannot
+    be served, forward calls X.forward(self, ...), whose children are replaced in their own right.
     """
 
-    original: ClassVar[type[nn.Module]]
-    method: ClassVar[str] = "forward"  # the method it overrides: verify() compares its results
+    replaces: ClassVar[type[nn.Module]]
+    overrides: ClassVar[str] = "forward"  # the method it overrides: verify() compares its results
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if len(cls.__bases__) == 2:
-            cls.original = cls.__bases__[1]
+            cls.replaces = cls.__bases__[1]
 
     @classmethod
     def unserved(cls, module: Any, mode: str) -> str | None:
@@ -117,16 +119,16 @@ class Fast:
 
     @classmethod
     def facts(cls, module: Any) -> Any:
-        """What forward needs and can be settled once (an activation's name, say); kept as plan.facts."""
+        """What forward needs and can be settled once (an activation's name, say): plan.facts."""
         return None
 
     @classmethod
-    def apply(cls, module: Any) -> None:
-        """Whatever changes beside the class; `undo` takes it back."""
+    def on_swap(cls, module: Any) -> None:
+        """Whatever changes beside the class; on_restore takes it back."""
 
     @classmethod
-    def undo(cls, module: Any) -> None:
-        """The opposite of `apply`."""
+    def on_restore(cls, module: Any) -> None:
+        """The opposite of on_swap."""
 
 
 def fall_back(rule: str, reason: str) -> None:
@@ -142,7 +144,7 @@ def dotted(cls: type) -> str:
 
 def original_class(module: nn.Module) -> type[nn.Module]:
     """The module's class, or the one it had before optimize()."""
-    return module.original if isinstance(module, Fast) else type(module)
+    return module.replaces if isinstance(module, Fast) else type(module)
 
 
 # reasons: each returns one line, or None
@@ -163,7 +165,7 @@ def not_plain_linear(name: str, module: nn.Module | None) -> str | None:
 
 
 def not_plain_conv(name: str, module: Any) -> str | None:
-    """A Conv2d that conv_stem and patch_embed can run: dense, undilated, zero-padded the same on all sides."""
+    """Why conv_stem and patch_embed cannot run this convolution."""
     reason = not_one_of(name, module, nn.Conv2d) or _not_plain_weight(name, module)
     if reason:
         return reason

@@ -1,7 +1,8 @@
-"""Wake up a model for verification: no gate near zero, no faint product, statistics that fit the activations.
+"""Wake up a model for verification: no gate near zero, no faint product, fitting statistics.
 
-A random-initialised LeViT multiplies every branch by a BatchNorm weight of zero: whatever its attention computes, the
-output is the same, so comparing outputs proves nothing. Attention whose scores are all near zero hides its queries too.
+A random-initialised LeViT multiplies every branch by a BatchNorm weight of zero: whatever its
+attention computes, the output is the same, so comparing outputs proves nothing. Attention whose
+scores are all near zero hides its queries too.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def randomise_gates(model: nn.Module, seed: int) -> None:
 
 @torch.no_grad()
 def fit_statistics(model: nn.Module, args: tuple[Any, ...], seed: int) -> None:
-    """Run `model` once, giving each BatchNorm statistics near those of its input: nothing explodes with depth."""
+    """Run `model` once, giving each BatchNorm statistics near those of its input."""
     generator = torch.Generator().manual_seed(seed)
     handles = [
         module.register_forward_pre_hook(lambda module, args: _fit(module, args[0], generator))

@@ -17,7 +17,7 @@ _HEADER = ("layer", "was", "now", "error", "torch's")
 
 @dataclass
 class Report:
-    """A model's layers and the calls that no kernel served; `str()`, `.markdown()` and `.json()` show it."""
+    """A model's layers, and the calls that no kernel served: `str()`, `.markdown()`, `.json()`."""
 
     model: str
     options: dict[str, Any]

@@ -1,7 +1,7 @@
-"""Which class replaces which: rules by the dotted path of the class they replace, loaded when that class is seen.
+"""Which class replaces which, by dotted path; a rule is loaded when its class is seen.
 
-A rule is a subclass of `Fast` and of the class it replaces. Third parties add theirs with `register`, in a module that
-an entry point of group "hybridops.rules" names.
+A rule is a subclass of `Fast` and of the class it replaces. Third parties add theirs with
+`register`, in a module that an entry point of group "hybridops.rules" names.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _plugins_loaded = False
 
 
 def register(path: str, rule: str | type[Fast] | None = None) -> Any:
-    """Replace the class at `path` ("package.module:Class") by `rule`: a Fast class, or its own dotted path (lazy).
+    """Replace the class at `path` ("package.module:Class") by `rule`, a Fast class or its path.
 
     Without `rule` it is a decorator. The newest registration of a path wins.
     """
@@ -62,7 +62,7 @@ def register(path: str, rule: str | type[Fast] | None = None) -> Any:
 
 
 def load_plugins() -> None:
-    """Import what the entry points of group "hybridops.rules" name, once; one that fails is a warning."""
+    """Import what the entry points of group "hybridops.rules" name, once; failures warn."""
     global _plugins_loaded
     if _plugins_loaded:
         return
@@ -77,11 +77,11 @@ def load_plugins() -> None:
 
 
 def _original(cls: type[nn.Module]) -> type[nn.Module]:
-    return cls.original if issubclass(cls, Fast) else cls
+    return cls.replaces if issubclass(cls, Fast) else cls
 
 
 def find(module: nn.Module) -> tuple[type[Fast] | None, str | None]:
-    """(rule, None), (None, reason it is left alone), or (None, None) where no rule names this class or its bases."""
+    """(rule, None), (None, why not), or (None, None) where no rule names this class or a base."""
     cls = _original(type(module))
     rule = RULES.get(dotted(cls))
     if rule is not None:

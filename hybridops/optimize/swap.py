@@ -1,7 +1,7 @@
 """optimize() and restore(): replace classes in place, and put them back.
 
-Only classes change. Parameters, buffers, names and hooks stay where they are; what a Fast class derives from them is
-cached beside them and dropped by restore().
+Only classes change. Parameters, buffers, names and hooks stay where they are; what a Fast class
+derives from them is cached beside them and dropped by restore().
 """
 
 from __future__ import annotations
@@ -74,18 +74,22 @@ def optimize(
 ) -> Model:
     """Replace every layer that has a rule by its fast twin, in place, and return the model.
 
-    mode: "inference" folds norms into weights and packs them (where the model trains, it computes as it did before);
-        "train" only swaps kernels. fold=False: kernels only, in inference too. state_dict never changes.
+    mode: "inference" folds norms into weights and packs them (while the model trains it computes
+        as before); "train" only swaps kernels.
+    fold: False swaps kernels only, in inference too. state_dict never changes either way.
     precision: "exact": the model's own dtype, fp32 accumulation, error at most 2x torch's own.
-    exclude: glob patterns of names ("head*", "blocks.0"); what matches, all below it, and whatever would bypass it
-        stay as they are. filter_fn(module, name) decides for each module by itself.
+    exclude: glob patterns of names ("head*", "blocks.0"): what matches, all below it, and whatever
+        would bypass it stay as they are.
+    filter_fn: filter_fn(module, name) decides for each module by itself.
     backend: "auto", or a name for hybridops.use(), in force while the model runs.
-    example: an input of the model (or a tuple of its arguments) for verify=True, which checks every replaced layer
-        against float64 and raises VerificationError, restoring the model, when one fails.
+    example: an input of the model, or a tuple of its arguments, for verify.
+    verify: check every replaced layer against float64; where one fails, restore the model and
+        raise VerificationError.
     strict: raise NothingToOptimize where no rule serves; False warns.
 
     A second call with the same options changes nothing; restore() first for others.
-    Raises ValueError for unknown options, BackendUnavailable for a backend that this process does not have.
+    Raises ValueError for unknown options, BackendUnavailable for a backend that this process does
+    not have.
     """
     options = {"mode": mode, "fold": fold, "precision": precision, "backend": backend}
     _check_options(model, options, example, verify)
@@ -119,13 +123,13 @@ def optimize(
 
 
 def restore(model: Model) -> Model:
-    """Undo optimize(), bit for bit: classes, attributes, caches. A model that was never optimized stays as it is."""
+    """Undo optimize(), bit for bit; a model that was never optimized stays as it is."""
     for module in model.modules():
         if isinstance(module, Fast):
-            type(module).undo(module)
+            type(module).on_restore(module)
             module.__dict__.pop(PLAN, None)
             _derived.clear(module)
-            module.__class__ = module.original
+            module.__class__ = module.replaces  # type: ignore[assignment]
         journal = module.__dict__.pop(JOURNAL, None)
         for handle in journal.handles if journal else ():
             handle.remove()
@@ -136,7 +140,9 @@ def survey(
     model: nn.Module, mode: str, patterns: Sequence[str] = (), filter_fn: Filter | None = None
 ) -> tuple[list[Layer], list[tuple[nn.Module, type[Fast]]]]:
     """Every hot layer with its rule or its reason, and the swaps to make; changes nothing."""
-    layers, swaps, covered = [], [], set()
+    layers: list[Layer] = []
+    swaps: list[tuple[nn.Module, type[Fast]]] = []
+    covered: set[int] = set()
     names = {id(module): fqn for fqn, module in model.named_modules()}
     for fqn, module in model.named_modules():
         layer = Layer(fqn, dotted(original_class(module)))
@@ -183,7 +189,7 @@ def _excluded(fqn, patterns):
 def _swap(module, rule, plan):
     plan.facts = rule.facts(module)
     module.__dict__[PLAN] = plan
-    rule.apply(module)
+    rule.on_swap(module)
     module.__class__ = rule
 
 
@@ -246,6 +252,6 @@ def _force(model, name):
     ]
 
 
-def replaced(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def replaced(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """The modules that optimize() replaced, by name."""
     return ((fqn, module) for fqn, module in model.named_modules() if isinstance(module, Fast))

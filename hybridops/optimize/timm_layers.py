@@ -110,7 +110,8 @@ class FastPatchEmbed(Fast, PatchEmbed):
         if reason:
             return reason
         if proj.kernel_size != proj.stride or proj.padding != (0, 0):
-            return f"proj has kernel {proj.kernel_size}, stride {proj.stride} and padding {proj.padding}"
+            geometry = proj.kernel_size, proj.stride, proj.padding
+            return "proj has kernel {}, stride {} and padding {}".format(*geometry)
         if not module.flatten and module.output_fmt != Format.NHWC:
             return f"output format {module.output_fmt.value}; the kernel writes tokens"
         if type(module.norm) is nn.Identity:

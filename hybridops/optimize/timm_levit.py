@@ -1,7 +1,7 @@
-"""timm's LeViT: BatchNorms in the weights, Hardswish in the kernels, the bias table spread out once.
+"""timm's LeViT: BatchNorm in the weights, Hardswish in the kernels, the bias spread out once.
 
-In inference a block is five kernels. In training the layers keep their BatchNorm modules, and the attention reads its
-bias through the index, so that the table gets its gradient.
+In inference a block is five kernels. In training the layers keep their BatchNorm modules, and the
+attention reads its bias through the index, so that the table gets its gradient.
 """
 
 from __future__ import annotations
@@ -348,14 +348,14 @@ class FastLevitDownsample(Fast, LevitDownsample):
 
 
 def _unserved_part(name, module, rule):
-    reason = not_one_of(name, module, rule.original) or rule.unserved(module, "inference")
+    reason = not_one_of(name, module, rule.replaces) or rule.unserved(module, "inference")
     return reason and f"{name}: {reason}"
 
 
 class FastLevitDistilled(Fast, LevitDistilled):
     """The two heads averaged at inference, (a + b) / 2, are one linear layer."""
 
-    method = "forward_head"
+    overrides = "forward_head"
 
     @classmethod
     def unserved(cls, module, mode):

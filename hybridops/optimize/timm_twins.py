@@ -1,4 +1,4 @@
-"""timm's Twins: locally grouped and subsampled attention, the PEG, and the patch embedding of every stage."""
+"""timm's Twins: locally grouped and subsampled attention, PEG, patch embeddings."""
 
 from __future__ import annotations
 
@@ -282,7 +282,8 @@ class FastPatchEmbed(Fast, PatchEmbed):
         if reason:
             return reason
         if proj.kernel_size != proj.stride or proj.padding != (0, 0):
-            return f"proj has kernel {proj.kernel_size}, stride {proj.stride} and padding {proj.padding}"
+            geometry = proj.kernel_size, proj.stride, proj.padding
+            return "proj has kernel {}, stride {} and padding {}".format(*geometry)
         return None
 
     def forward(self, x):
@@ -302,9 +303,9 @@ class FastPatchEmbed(Fast, PatchEmbed):
 
 
 class FastTwins(Fast, Twins):
-    """Between stages the tokens are an image already: a channels_last view, where Twins makes an NCHW copy."""
+    """Between stages the tokens are a channels_last image already; Twins makes an NCHW copy."""
 
-    method = "forward_features"
+    overrides = "forward_features"
 
     @classmethod
     def bypassed(cls, module):

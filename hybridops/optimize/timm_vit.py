@@ -1,4 +1,4 @@
-"""timm's vision_transformer.Block: norms in front of the products, residuals behind them, LayerScale in the weights."""
+"""timm's vision_transformer.Block: norm, product, activation and residual as one kernel each."""
 
 from __future__ import annotations
 

@@ -1,11 +1,13 @@
 """verify(model, example): is every replaced layer as exact as the one it replaced?
 
-On a copy whose gates are awake, each layer's inputs are captured from a run of the original model. Then, layer by
-layer, both the replaced and the original layer are compared with the original in float64:
+On a copy whose gates are awake, each layer's inputs are captured from a run of the original model.
+Then, layer by layer, both the replaced and the original layer are compared with the original in
+float64:
 
     max|ours - ref| / rms(ref)  <=  2 max|torch - ref| / rms(ref)  +  4 eps
 
-Every call also proves that it would notice: faults planted in the layers must fail, or the result is MISTRUSTED.
+Every call also proves that it would notice: faults planted in the layers must fail, or the result
+is MISTRUSTED.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from .fast import Fast, dotted
+from .fast import dotted
 from .gates import fit_statistics, randomise_gates
 from .report import aligned
 from .swap import JOURNAL, replaced, restore
@@ -34,7 +36,7 @@ class VerificationError(AssertionError):
 
 @dataclass(frozen=True)
 class Check:
-    """One replaced layer: its error and torch's own, both against float64 and relative to the output's rms."""
+    """One replaced layer: its error and torch's, against float64, relative to the output's rms."""
 
     fqn: str
     rule: str
@@ -94,11 +96,12 @@ class Verification:
 
 
 def verify(model: nn.Module, example: Any, *, raises: bool = False, seed: int = 0) -> Verification:
-    """Compare every layer that optimize() replaced with the original; the model itself is not touched.
+    """Compare every layer that optimize() replaced with the original, on a copy of the model.
 
-    example: an input of the model, or a tuple of its arguments, in its dtype. raises: VerificationError unless ok.
-    Raises ValueError for a model without replaced layers, TypeError for one whose dtype is float64 (there is nothing
-    better to compare it with).
+    example: an input of the model, or a tuple of its arguments, in its dtype. raises:
+    VerificationError unless ok.
+    Raises ValueError for a model without replaced layers, TypeError for one whose dtype is float64
+    (there is nothing better to compare it with).
     """
     args = example if isinstance(example, tuple) else (example,)
     if not any(True for _ in replaced(model)):
@@ -121,7 +124,8 @@ def verify(model: nn.Module, example: Any, *, raises: bool = False, seed: int = 
         if fqn not in calls:
             checks.append(Check(fqn, rule, 0.0, 0.0, 0.0, "not run by this example"))
             continue
-        call = _Call(module.method, *calls[fqn])
+        args, kwargs = calls[fqn]
+        call = _Call(module.overrides, args, kwargs)
         eager = call.on(original.get_submodule(fqn))
         reference = call.doubled().on(exact.get_submodule(fqn))
         checks.append(Check(fqn, rule, *_compare(call.on(module), eager, reference)))
@@ -182,13 +186,13 @@ def _capture(
 
     peers = {fqn: model.get_submodule(fqn) for fqn in layers}
     for fqn, peer in peers.items():
-        name = layers[fqn].method
+        name = layers[fqn].overrides
         peer.__dict__[name] = recorded(fqn, getattr(peer, name))
     try:
         model(*args)
     finally:
         for fqn, peer in peers.items():
-            peer.__dict__.pop(layers[fqn].method, None)
+            peer.__dict__.pop(layers[fqn].overrides, None)
     return calls
 
 
@@ -217,7 +221,7 @@ def _compare(ours, eager, reference) -> tuple[float, float, float, str | None]:
 
 
 def _plant(module: Any, seed: int) -> Iterator[str]:
-    """Disturb a few of the layer's own tensors, one at a time; yields each name while its fault is in place."""
+    """Disturb a few of the layer's tensors, one at a time; yields while the fault is in place."""
     own = [(name, t) for name, t in _own_tensors(module) if t.is_floating_point() and t.numel()]
     generator = torch.Generator().manual_seed(seed)
     for name, tensor in own[:: max(1, -(-len(own) // FAULTS))]:
@@ -234,8 +238,7 @@ def _plant(module: Any, seed: int) -> Iterator[str]:
 
 
 def _own_tensors(module: Any) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and persistent statistics that the rule computes with: its own, and its bypassed children's."""
-    assert isinstance(module, Fast)
+    """What the rule computes with: the layer's own tensors, and its bypassed children's."""
     bypassed = {id(m) for child in type(module).bypassed(module) for m in child.modules()}
     for prefix, part in module.named_modules():
         if part is module or id(part) in bypassed:
