@@ -1,0 +1,169 @@
+"""CPVT: Conditional Positional Encodings for Vision Transformers (Chu et al. 2021), Algorithm 1.
+
+A DeiT without position embeddings: a PEG (depthwise convolution on the token grid) behind the first
+block, or behind several, tells the tokens where they are. So any image size works without
+retraining. There is neither official code nor weights; keys follow timm's ViT and the paper's
+`pos_block` and `pos`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import product
+
+import torch
+from torch import Tensor, nn
+
+from .. import backend
+from ..nn import PEG, Block, PatchEmbed
+from ..nn._fusion import fused_linear, is_hooked, is_ours
+from ..nn.block import first_tokens
+
+
+class Cpvt(nn.Module):
+    """CPVT: images (B, in_chans, H, W) of any size from one patch up -> logits (B, num_classes).
+
+    peg_positions: the blocks behind which a PEG stands, counted from 0. global_pool: "token" (a
+    class token) or "avg" (none, the mean of the tokens: CPVT-GAP). num_classes=0 leaves out the
+    head. Pixels that fill no whole patch, right and bottom, are ignored.
+
+    `prune_last_block = True` spares an evaluation what the class token does not need: queries,
+    projection and perceptron of the other tokens in the last block. The result is the same;
+    `forward_features` is always complete.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int = 192,
+        num_heads: int = 3,
+        depth: int = 12,
+        *,
+        peg_positions: Sequence[int] = (0,),
+        peg_kernel: int = 3,
+        global_pool: str = "token",
+        patch_size: int = 16,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        mlp_ratio: float = 4.0,
+        drop_rate: float = 0.0,
+        attn_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if global_pool not in ("token", "avg"):
+            raise ValueError(f"Cpvt: global_pool must be 'token' or 'avg', got {global_pool!r}")
+        positions = tuple(peg_positions)
+        if len(set(positions)) != len(positions) or not all(0 <= p < depth for p in positions):
+            raise ValueError(
+                f"Cpvt: peg_positions must be different blocks of 0 ... {depth - 1}, "
+                f"got {peg_positions}"
+            )
+        self.in_chans = in_chans
+        self.num_classes = num_classes
+        self.embed_dim = self.num_features = embed_dim
+        self.num_prefix_tokens = 1 if global_pool == "token" else 0
+        self.prune_last_block = False
+        self.patch_embed = PatchEmbed(None, patch_size, in_chans, embed_dim)
+        self.cls_token = None
+        if self.num_prefix_tokens:
+            self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        norm_layer = partial(nn.LayerNorm, eps=1e-6)
+        self.blocks = nn.ModuleList(
+            Block(
+                embed_dim,
+                num_heads,
+                mlp_ratio,
+                qkv_bias=True,
+                proj_drop=drop_rate,
+                attn_drop=attn_drop_rate,
+                drop_path=drop_path_rate * i / max(depth - 1, 1),
+                norm_layer=norm_layer,
+            )
+            for i in range(depth)
+        )
+        self.pos_block = nn.ModuleList(PEG(embed_dim, peg_kernel) for _ in positions)
+        self._peg_behind = {block: i for i, block in enumerate(positions)}
+        self.norm = norm_layer(embed_dim)
+        self.head = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
+        self.apply(_init)
+        if self.cls_token is not None:
+            nn.init.trunc_normal_(self.cls_token, std=0.02)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """images -> all tokens, normed: (B, 1 + h*w, C), or (B, h*w, C) without a class token"""
+        x, grid = self._embed(x)
+        return self.norm(self._run(x, grid, len(self.blocks)))
+
+    def forward_head(self, x: Tensor) -> Tensor:
+        """tokens as forward_features gives them -> logits"""
+        return self.head(x.mean(1) if self.cls_token is None else x[:, 0])
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self._prunes():
+            return self.forward_head(self.forward_features(x))
+        x, grid = self._embed(x)
+        x = self._run(x, grid, len(self.blocks) - 1)
+        x = first_tokens(self.blocks[-1], x)[:, 0]  # a PEG behind the last block passes it through
+        if self.num_classes == 0:
+            return self.norm(x)
+        return fused_linear(self, "head", x, norm=self.norm)
+
+    def _prunes(self):
+        """Neither hooks nor a reference run may miss what pruning leaves out."""
+        if not self.prune_last_block or self.training or self.cls_token is None:
+            return False
+        last, norm = self.blocks[-1], self.norm
+        return not (backend.reference_forced() or is_hooked(norm)) and is_ours(last, Block)
+
+    def _embed(self, x):
+        if x.ndim != 4 or x.shape[1] != self.in_chans:
+            raise ValueError(
+                f"Cpvt: images must be (B, {self.in_chans}, H, W), got {tuple(x.shape)}"
+            )
+        grid = self.patch_embed.dynamic_feat_size(x.shape[2:])
+        if grid[0] < 1 or grid[1] < 1:
+            raise ValueError(
+                f"Cpvt: images must hold one {self.patch_embed.patch_size} patch at least, "
+                f"got {tuple(x.shape)}"
+            )
+        return self.patch_embed(x, prefix=self.cls_token), grid
+
+    def _run(self, x, grid, count):
+        """The first `count` blocks, each with the PEG behind it."""
+        behind, pegs, prefix = self._peg_behind, self.pos_block, self.num_prefix_tokens
+        for i, block in enumerate(self.blocks):
+            if i == count:
+                break
+            x = block(x)
+            if i in behind:
+                x = pegs[behind[i]](x, grid, prefix)
+        return x
+
+
+def _init(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):  # DeiT's
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+SIZES = {
+    "cpvt_tiny": {"embed_dim": 192, "num_heads": 3},
+    "cpvt_small": {"embed_dim": 384, "num_heads": 6},
+    "cpvt_base": {"embed_dim": 768, "num_heads": 12},
+}
+
+
+def _variants() -> dict[str, Callable[..., nn.Module]]:
+    """cpvt_tiny: one PEG, class token; _gap: no class token; _peg5: PEGs behind blocks 0 ... 4."""
+    models: dict[str, Callable[..., nn.Module]] = {}
+    for (name, size), gap, peg5 in product(SIZES.items(), (False, True), (False, True)):
+        pool = "avg" if gap else "token"
+        positions = tuple(range(5)) if peg5 else (0,)
+        make = partial(Cpvt, **size, global_pool=pool, peg_positions=positions)
+        models[name + "_gap" * gap + "_peg5" * peg5] = make
+    return models
+
+
+MODELS = _variants()
