@@ -17,7 +17,7 @@ from . import UserError
 from .doctor import cpu_name, is_amd
 from .images import open_photographs, sample_photographs
 from .measure import Comparison, compare
-from .models import Hub, Loaded, load, resolve
+from .models import Hub, Loaded, class_name, load, resolve
 
 MODELS = ("timm:levit_256", "hybridops:cpvt_tiny", "timm:twins_svt_small")
 Row = tuple[str, Loaded, Comparison]
@@ -76,8 +76,11 @@ def run(arguments: argparse.Namespace) -> int:
                 say=progress.say,
             )
         except hybridops.NothingToOptimize as error:
-            raise UserError(f"{name}: {error}") from None
+            raise UserError(f"{name}: {str(error).partition('. ')[0]}") from None
         progress.done(f"{result.speedup:.2f}x over {len(result.eager_ms)} rounds")
+        for (file, _), label in zip(photographs, result.top1, strict=True):
+            if description := class_name(loaded, label):
+                progress.done(f"{file} shows: {description}")
         rows.append((name, loaded._replace(model=torch.nn.Identity()), result))  # frees it
     print("", *table(rows), "", sep="\n")
     chart.draw(rows, arguments.out, machine())

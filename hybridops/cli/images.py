@@ -58,13 +58,23 @@ def _open(path: Path) -> Image.Image:
     try:
         with Image.open(path) as image:
             # EXIF says which way up the camera was held; convert() drops alpha and palettes.
-            return ImageOps.exif_transpose(image).convert("RGB")
+            return _eight_bits(ImageOps.exif_transpose(image)).convert("RGB")
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except UnidentifiedImageError:
         raise UserError(f"{path} is not an image that pillow can read") from None
     except (Image.DecompressionBombError, OSError, ValueError, SyntaxError) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """16-bit grey scaled down: convert() alone would clip all of it to white."""
+    from PIL import Image
+
+    if not image.mode.startswith("I"):
+        return image
+    values = np.asarray(image).clip(0, 65535) >> 8
+    return Image.fromarray(values.astype(np.uint8))
 
 
 def to_tensor(

@@ -67,7 +67,9 @@ def _has_timm() -> bool:
 
 
 def _unknown(model: str, name: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=3)
+    if Path(model).is_file():
+        return f"{model} is a file, not a model (images are named before --models)"
+    close = difflib.get_close_matches(name, sorted(set(known)), n=3)
     return f"unknown model {model!r}" + (f"; close to {', '.join(close)}" if close else "")
 
 
@@ -146,9 +148,14 @@ def load(model: str, hub: Hub, photographs: list[Photograph]) -> Loaded:
         if config is not None and config.hf_hub_id:
             path, why = hub.fetch(config.hf_hub_id)
         if path is not None:
-            overlay = {"file": str(path)}
-            net = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay).eval()
-            return Loaded(net, "hub", f"hub weights {config.hf_hub_id}", _prepare(net, photographs))
+            try:
+                overlay = {"file": str(path)}
+                net = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay)
+            except Exception as error:  # a damaged file: safetensors, timm and torch each differ
+                why = f"{path} does not load: {str(error).splitlines()[0]}"
+            else:
+                images = _prepare(net.eval(), photographs)
+                return Loaded(net, "hub", f"hub weights {config.hf_hub_id}", images)
         create = timm.create_model
     else:
         create, why = hybridops.models.create_model, "no published weights"
@@ -158,6 +165,13 @@ def load(model: str, hub: Hub, photographs: list[Photograph]) -> Loaded:
     images = _prepare(net, photographs)
     make_live(net, torch.cat(images))
     return Loaded(net, "seeded", f"seeded random weights with live gates ({why})", images)
+
+
+def class_name(loaded: Loaded, label: int) -> str | None:
+    """What an ImageNet class is called; None where the weights know nothing of the world."""
+    if loaded.weights != "hub" or getattr(loaded.model, "num_classes", 0) != 1000:
+        return None
+    return import_timm().data.ImageNetInfo().index_to_description(label)
 
 
 def _prepare(net: nn.Module, photographs: list[Photograph]) -> list[Tensor]:

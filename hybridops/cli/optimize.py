@@ -11,7 +11,7 @@ import hybridops
 from . import UserError
 from .images import open_photographs
 from .measure import compare
-from .models import Hub, load, resolve
+from .models import Hub, class_name, load, resolve
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -30,7 +30,7 @@ def run(arguments: argparse.Namespace) -> int:
             model, batches, ours=source == "hybridops", rounds=arguments.repeat
         )
     except hybridops.NothingToOptimize as error:
-        raise UserError(f"{name}: {error}") from None
+        raise UserError(f"{name}: {str(error).partition('. ')[0]}") from None
     print(hybridops.report(optimized))
     print(f"eager      {result.eager:9.2f} ms per call of {len(batches[0])} image(s)")
     print(
@@ -43,5 +43,6 @@ def run(arguments: argparse.Namespace) -> int:
     )
     print(f"top-5 agreement: {result.top5_shared}/{result.top5_total}")
     for (file, _), label in zip(photographs, result.top1, strict=True):
-        print(f"  {file}: class {label}")
+        if description := class_name(loaded, label):
+            print(f"  {file}: {description}")
     return 0 if result.within_rule else 1
