@@ -9,6 +9,7 @@ pickles of a module leave the cache behind.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from operator import attrgetter, is_
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +19,8 @@ from ..ops import pack_conv, pack_linear
 from ..ops.patch_embed import pack_patch
 
 _KEY = "_hybridops_derived"
+_version = attrgetter("_version")
+_shape = attrgetter("shape")
 
 
 class _Cache(dict):
@@ -29,9 +32,13 @@ class _Cache(dict):
 
 
 class _Entry(NamedTuple):
-    # aliases keep the storage alive, so that an equal data_ptr means the same storage
     sources: tuple[Tensor | None, ...]
-    versions: tuple[int | None, ...]
+    tensors: tuple[Tensor, ...]  # the sources that are not None
+    versions: tuple[int, ...]
+    # aliases keep the storage alive, so that an equal data_ptr means the same storage
+    aliases: tuple[Tensor, ...]
+    pointers: tuple[int, ...]
+    shapes: tuple[torch.Size, ...]
     value: Any
 
 
@@ -62,28 +69,30 @@ def derived(
         return entry.value
     with torch.inference_mode(False), torch.no_grad():
         value = make()
-    # inference tensors carry no version to watch
-    if not any(s is not None and s.is_inference() for s in sources):
-        versions = tuple(None if s is None else s._version for s in sources)
-        aliases = tuple(None if s is None else s.detach() for s in sources)
-        cache[name] = _Entry(aliases, versions, value)
+    tensors = tuple(s for s in sources if s is not None)
+    if not any(t.is_inference() for t in tensors):  # those carry no version to watch
+        cache[name] = _Entry(
+            tuple(sources),
+            tensors,
+            tuple(map(_version, tensors)),
+            tuple(t.detach() for t in tensors),
+            tuple(map(Tensor.data_ptr, tensors)),
+            tuple(map(_shape, tensors)),
+            value,
+        )
     return value
 
 
 def _is_fresh(entry: _Entry, sources: Sequence[Tensor | None]) -> bool:
-    for source, alias, version in zip(sources, entry.sources, entry.versions, strict=True):
-        if source is None or alias is None:
-            if source is not alias:
-                return False
-        elif (
-            source.is_inference()
-            or source._version != version
-            or source.data_ptr() != alias.data_ptr()
-            or source.dtype != alias.dtype
-            or source.shape != alias.shape
-        ):
-            return False
-    return True
+    """Whether the sources are the very tensors of the entry, and none was written or given data."""
+    tensors = entry.tensors
+    return (
+        len(sources) == len(entry.sources)
+        and all(map(is_, sources, entry.sources))
+        and tuple(map(_version, tensors)) == entry.versions
+        and tuple(map(Tensor.data_ptr, tensors)) == entry.pointers
+        and tuple(map(_shape, tensors)) == entry.shapes
+    )
 
 
 class Weights(NamedTuple):
@@ -95,7 +104,11 @@ class Weights(NamedTuple):
 
 
 def _norm_sources(norm):
-    return () if norm is None else (norm.weight, norm.bias, norm.running_mean, norm.running_var)
+    # torch's batch_norm moves the running statistics without bumping their version, but counts
+    if norm is None:
+        return ()
+    moved = getattr(norm, "num_batches_tracked", None)
+    return norm.weight, norm.bias, norm.running_mean, norm.running_var, moved
 
 
 def norm_affine(norm: Any) -> tuple[Tensor, Tensor]:
@@ -126,6 +139,11 @@ def fold_in_front(weight: Tensor, bias: Tensor | None, norm: Any) -> tuple[Tenso
     return (wide * scale).to(weight.dtype), moved.to(weight.dtype)
 
 
+def in_graph(weight: Tensor) -> bool:
+    """Whether a packed copy of this weight would leave the graph, compiled or differentiated."""
+    return torch.compiler.is_compiling() or (torch.is_grad_enabled() and weight.requires_grad)
+
+
 def _weights(owner, name, sources, fold, pack) -> Weights:
     """What fold() gives, packed; under autocast in its dtype, rounded once behind the fold."""
     device = sources[0].device.type
@@ -135,8 +153,7 @@ def _weights(owner, name, sources, fold, pack) -> Weights:
         weight, bias = fold()
         if dtype is not None and weight.dtype != torch.float64:
             weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
-        graph = torch.compiler.is_compiling() or weight.requires_grad
-        return Weights(weight, bias, None if graph else pack(weight))
+        return Weights(weight, bias, None if in_graph(weight) else pack(weight))
 
     return derived(owner, name if dtype is None else (name, dtype), sources, make)
 

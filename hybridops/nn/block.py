@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 from ._fusion import is_off, is_ours
 from .attention import Attention, first_tokens_attention, self_attention
 from .mlp import Mlp, mlp
+
+NORM = partial(nn.LayerNorm, eps=1e-6)  # of every vision transformer since the first
 
 
 class DropPath(nn.Module):
@@ -58,7 +61,7 @@ class Block(nn.Module):
         init_values: float | None = None,
         drop_path: float = 0.0,
         act_layer: Callable[..., nn.Module] = nn.GELU,
-        norm_layer: Callable[..., nn.Module] = nn.LayerNorm,
+        norm_layer: Callable[..., nn.Module] = NORM,
         device=None,
         dtype=None,
     ) -> None:
