@@ -24,6 +24,15 @@ LARGEST = 2**31 - 1
 library = torch.library.Library("hybridops", "DEF")
 
 
+def differentiable_once(backward: str) -> None:
+    """Differentiating the op of that name, itself a gradient, raises; torch alone would warn and leave its part out."""
+
+    def refuse(ctx, *grads):
+        raise RuntimeError(f"hybridops::{backward} has no gradient of its own: the ops are differentiable once")
+
+    torch.library.register_autograd(f"hybridops::{backward}", refuse, lib=library)
+
+
 def activation_code(op: str, name: str) -> int:
     if name not in ACTIVATIONS:
         raise ValueError(f"{op}: activation must be one of {', '.join(ACTIVATIONS)}, got {name!r}")

@@ -15,7 +15,16 @@ import torch
 from torch import Tensor
 
 from .. import backend
-from ._contract import activate, activation_backward, activation_code, autocast, check_shape, check_tensor, library
+from ._contract import (
+    activate,
+    activation_backward,
+    activation_code,
+    autocast,
+    check_shape,
+    check_tensor,
+    differentiable_once,
+    library,
+)
 
 
 # meaning
@@ -77,6 +86,7 @@ def _gradient(ctx, dy, _):
 
 
 torch.library.register_autograd("hybridops::attention", _gradient, setup_context=_setup, lib=library)
+differentiable_once("attention_backward")
 
 _forward = torch.ops.hybridops.attention.default
 _backward = torch.ops.hybridops.attention_backward.default

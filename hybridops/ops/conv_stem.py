@@ -25,6 +25,7 @@ from ._contract import (
     check_int,
     check_shape,
     check_tensor,
+    differentiable_once,
     library,
 )
 from .linear import pack_linear
@@ -194,6 +195,7 @@ def _setup_counting_packed(ctx, inputs, output):
 torch.library.register_autograd(
     "hybridops::conv_stem", _gradient, setup_context=_setup_counting_packed, lib=library
 )
+differentiable_once("conv_backward")
 
 _forward = torch.ops.hybridops.conv_stem.default
 conv_backward = torch.ops.hybridops.conv_backward.default

@@ -20,6 +20,7 @@ from ._contract import (
     autocast,
     check_shape,
     check_tensor,
+    differentiable_once,
     library,
 )
 
@@ -81,6 +82,7 @@ def _gradient(ctx, dy):
 
 
 torch.library.register_autograd("hybridops::linear", _gradient, setup_context=_setup, lib=library)
+differentiable_once("linear_backward")
 
 _forward = torch.ops.hybridops.linear.default
 _backward = torch.ops.hybridops.linear_backward.default

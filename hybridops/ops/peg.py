@@ -22,6 +22,7 @@ from ._contract import (
     check_int,
     check_shape,
     check_tensor,
+    differentiable_once,
     library,
 )
 
@@ -98,6 +99,7 @@ def _gradient(ctx, dy):
 
 
 torch.library.register_autograd("hybridops::peg", _gradient, setup_context=_setup, lib=library)
+differentiable_once("peg_backward")
 
 _forward = torch.ops.hybridops.peg.default
 _backward = torch.ops.hybridops.peg_backward.default
