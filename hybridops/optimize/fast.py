@@ -7,9 +7,9 @@ child hooked, replaced or overridden.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from itertools import repeat
-from operator import attrgetter, contains
+from operator import attrgetter, contains, getitem, is_
 from typing import Any, ClassVar
 
 import torch
@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn.modules import module as _module
 
 from .. import backend
-from ..nn._derived import Weights, fold_behind
-from ..ops import pack_linear
+from ..nn._derived import Weights, derived, fold_behind, in_graph
+from ..ops import pack_linear, pack_patch
 
 PLAN = "_hybridops_plan"
 _GLOBAL_HOOKS = (_module._global_forward_hooks, _module._global_forward_pre_hooks)
@@ -54,8 +54,10 @@ class Plan:
 
     def _watch(self, parents: list[tuple[nn.Module, list[str]]]) -> None:
         held = [(p._modules, k, p._modules[k]) for p, keys in parents for k in keys]
-        self._held = tuple((m, k, child) for m, k, child in held if child is not None)
-        self._children = tuple(child for _, _, child in self._held)
+        held = [(modules, name, child) for modules, name, child in held if child is not None]
+        self._modules = tuple(modules for modules, _, _ in held)
+        self._names = tuple(name for _, name, _ in held)
+        self._children: tuple[Any, ...] = tuple(child for _, _, child in held)
         self._classes = tuple(map(type, self._children))
         self._hooks = tuple(
             d for c in self._children for d in (c._forward_hooks, c._forward_pre_hooks)
@@ -63,19 +65,28 @@ class Plan:
         self._backward_hooks = tuple(
             d for c in self._children for d in (c._backward_hooks, c._backward_pre_hooks)
         )
+        tensors = [
+            (d, name)
+            for part, _ in parents
+            for d in (part._parameters, part._buffers)
+            for name in d
+            if name != "num_batches_tracked"
+        ]
+        self._tensors = tuple(d for d, _ in tensors)
+        self._tensor_names = tuple(name for _, name in tensors)
 
     def intact(self) -> bool:
         """Whether the children may be bypassed: none hooked, replaced, or overridden since."""
         if any(self._hooks) or any(_GLOBAL_HOOKS):
             return False
-        for modules, name, child in self._held:
-            if modules.get(name) is not child:
-                return False
-        if tuple(map(type, self._children)) != self._classes:
-            return False
         if torch.is_grad_enabled() and (any(self._backward_hooks) or any(_GLOBAL_BACKWARD_HOOKS)):
             return False
-        return not any(map(contains, map(vars, self._children), repeat("forward")))
+        children = self._children
+        return (
+            all(map(is_, map(dict.get, self._modules, self._names), children))
+            and tuple(map(type, children)) == self._classes
+            and not any(map(contains, map(vars, children), repeat("forward")))
+        )
 
     def folds(self, module: nn.Module, x: Tensor) -> bool:
         """Whether norms may be folded, weights packed and children bypassed for this call.
@@ -90,6 +101,15 @@ class Plan:
             and not torch.is_autocast_enabled(x.device.type)
             and self.intact()
         )
+
+    def derived(self, module: Any, x: Tensor) -> Any:
+        """module.derive(), kept until a tensor it reads changes; None unless this call folds."""
+        if not self.folds(module, x):
+            return None
+        if torch.compiler.is_compiling():
+            return module.derive()
+        sources = tuple(map(getitem, self._tensors, self._tensor_names))
+        return derived(module, "plan", sources, module.derive)
 
 
 class Fast:
@@ -119,7 +139,14 @@ class Fast:
 
     @classmethod
     def facts(cls, module: Any) -> Any:
-        """What forward needs and can be settled once (an activation's name, say): plan.facts."""
+        """What can be settled once (an activation's name, say): becomes plan.facts."""
+        return None
+
+    def derive(self) -> Any:
+        """What inference computes with in place of the parameters: folded, packed.
+
+        None where the parameters cannot be fused as they are (differing dtypes, say).
+        """
         return None
 
     @classmethod
@@ -216,14 +243,13 @@ def activation_name(module: nn.Module) -> str | None:
     return _ACTIVATIONS.get(dotted(type(module)))
 
 
-# weights, made inside derived()
+# weights, made inside derive()
 def packed_linear(weight: Tensor, bias: Tensor | None) -> Weights:
-    graph = torch.compiler.is_compiling() or weight.requires_grad
-    return Weights(weight, bias, None if graph else pack_linear(weight))
+    return Weights(weight, bias, None if in_graph(weight) else pack_linear(weight))
 
 
-def scaled(linear: Any, gamma: Tensor | None) -> Weights:
-    """An nn.Linear with the LayerScale behind it folded in."""
+def scaled(linear: Any, gamma: Tensor | None = None) -> Weights:
+    """An nn.Linear, with the LayerScale behind it folded in."""
     weight, bias = linear.weight, linear.bias
     if gamma is None:
         return packed_linear(weight, bias)
@@ -232,14 +258,21 @@ def scaled(linear: Any, gamma: Tensor | None) -> Weights:
     return packed_linear(folded, None if bias is None else (bias.double() * wide).to(bias.dtype))
 
 
-def normed(layer: Any) -> Weights:
-    """An nn.Linear `layer.linear` with the eval-mode BatchNorm `layer.bn` behind it folded in."""
-    return packed_linear(*fold_behind(layer.linear.weight, layer.linear.bias, layer.bn))
+def batch_normed(linear: Any, norm: Any) -> Weights:
+    """An nn.Linear with the eval-mode BatchNorm behind it folded in."""
+    return packed_linear(*fold_behind(linear.weight, linear.bias, norm))
 
 
-def norm_sources(norm: Any) -> tuple[Tensor | None, ...]:
-    return norm.weight, norm.bias, norm.running_mean, norm.running_var
+def packed_patch(conv: Any) -> Weights:
+    """An nn.Conv2d that cuts an image into patches."""
+    weight = conv.weight
+    return Weights(weight, conv.bias, None if in_graph(weight) else pack_patch(weight))
 
 
-def one_dtype(tensors: Sequence[Tensor | None]) -> bool:
+def norm_of(norm: Any) -> tuple[Tensor, Tensor | None, float]:
+    """A LayerNorm as `norm=` of linear and patch_embed."""
+    return norm.weight, norm.bias, norm.eps
+
+
+def one_dtype(tensors: Iterable[Tensor | None]) -> bool:
     return len({t.dtype for t in tensors if t is not None}) == 1

@@ -11,19 +11,20 @@ from timm.layers.patch_embed import PatchEmbed
 from timm.layers.trace_utils import _assert
 from torch import nn
 
-from ..nn._derived import linear_weights, patch_weights
 from ..ops import attention, linear, patch_embed
 from .fast import (
     Fast,
     activation_name,
     fall_back,
     first,
+    norm_of,
     not_activation,
     not_layer_norm,
     not_one_of,
     not_plain_conv,
     not_plain_linear,
-    one_dtype,
+    packed_patch,
+    scaled,
 )
 
 
@@ -58,17 +59,20 @@ class FastAttention(Fast, Attention):
         if attn_mask is not None or is_causal:
             fall_back("timm Attention", "mask")
             return Attention.forward(self, x, attn_mask, is_causal)
-        if plan.folds(self, x):
-            weight, bias, packed = linear_weights(self, "qkv", self.qkv)
+        weights = plan.derived(self, x)
+        if weights is not None:
+            (weight, bias, packed), proj = weights
             out = attend(self, linear(x, weight, bias, packed=packed))
             if type(self.norm) is not nn.Identity:
                 out = self.norm(out)
-            weight, bias, packed = linear_weights(self, "proj", self.proj)
-            return linear(out, weight, bias, packed=packed)
+            return linear(out, proj.weight, proj.bias, packed=proj.packed)
         if (self.attn_drop.training and self.attn_drop.p > 0) or not plan.intact():
             return Attention.forward(self, x)
         out = self.norm(attend(self, linear(x, self.qkv.weight, self.qkv.bias)))
         return self.proj_drop(linear(out, self.proj.weight, self.proj.bias))
+
+    def derive(self):
+        return scaled(self.qkv), scaled(self.proj)
 
 
 class FastMlp(Fast, Mlp):
@@ -88,18 +92,21 @@ class FastMlp(Fast, Mlp):
 
     def forward(self, x):
         plan = self._hybridops_plan
-        if plan.folds(self, x):
-            weight, bias, packed = linear_weights(self, "fc1", self.fc1)
+        weights = plan.derived(self, x)
+        if weights is not None:
+            (weight, bias, packed), fc2 = weights
             h = linear(x, weight, bias, activation=plan.facts, packed=packed)
             if type(self.norm) is not nn.Identity:
                 h = self.norm(h)
-            weight, bias, packed = linear_weights(self, "fc2", self.fc2)
-            return linear(h, weight, bias, packed=packed)
+            return linear(h, fc2.weight, fc2.bias, packed=fc2.packed)
         if not plan.intact():
             return Mlp.forward(self, x)
         h = linear(x, self.fc1.weight, self.fc1.bias, activation=plan.facts)
         h = self.norm(self.drop1(h))
         return self.drop2(linear(h, self.fc2.weight, self.fc2.bias))
+
+    def derive(self):
+        return scaled(self.fc1), scaled(self.fc2)
 
 
 class FastPatchEmbed(Fast, PatchEmbed):
@@ -120,25 +127,27 @@ class FastPatchEmbed(Fast, PatchEmbed):
 
     def forward(self, x):
         plan = self._hybridops_plan
-        folds = plan.folds(self, x)
-        if not folds and not plan.intact():
+        weights = plan.derived(self, x)
+        if weights is None and not plan.intact():
             return PatchEmbed.forward(self, x)
         x = self._checked(x)
         proj, norm = self.proj, self.norm
-        if folds:
-            weight, bias, packed = patch_weights(self, "proj", proj)
-            fused = None
-            if type(norm) is not nn.Identity and one_dtype((weight, norm.weight)):
-                fused = (norm.weight, norm.bias, norm.eps)
+        if weights is None:
+            tokens = norm(patch_embed(x, proj.weight, proj.bias, stride=proj.stride[0]))
+        else:
+            weight, bias, packed, fused = weights
             tokens = patch_embed(x, weight, bias, stride=proj.stride[0], norm=fused, packed=packed)
             if fused is None:
                 tokens = norm(tokens)
-        else:
-            tokens = norm(patch_embed(x, proj.weight, proj.bias, stride=proj.stride[0]))
         if self.flatten:
             return tokens
         ph, pw = self.patch_size
         return tokens.unflatten(1, (x.shape[2] // ph, x.shape[3] // pw))
+
+    def derive(self):
+        proj, norm = self.proj, self.norm
+        fuses = type(norm) is not nn.Identity and norm.weight.dtype == proj.weight.dtype
+        return *packed_patch(proj), norm_of(norm) if fuses else None
 
     def _checked(self, x):
         """x with the size checks and the padding of PatchEmbed.forward."""

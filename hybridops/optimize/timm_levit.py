@@ -24,19 +24,13 @@ from timm.models.levit import (
 )
 from torch import nn
 
-from ..nn._derived import (
-    conv_weights,
-    derived,
-    fold_in_front,
-    linear_weights,
-    normed_linear_weights,
-)
-from ..ops import ConvLayer, attention, conv_stem, linear
+from ..nn._derived import fold_behind, fold_in_front, in_graph
+from ..ops import ConvLayer, attention, conv_stem, linear, pack_conv
 from .fast import (
     Fast,
     activation_name,
+    batch_normed,
     first,
-    norm_sources,
     not_activation,
     not_foldable_norm,
     not_one_of,
@@ -57,13 +51,16 @@ class FastLinearNorm(Fast, LinearNorm):
 
     def forward(self, x):
         plan = self._hybridops_plan
-        if plan.folds(self, x):
-            weight, bias, packed = linear_weights(self, "linear", self.linear, self.bn)
-            return linear(x, weight, bias, packed=packed)
+        weights = plan.derived(self, x)
+        if weights is not None:
+            return linear(x, weights.weight, weights.bias, packed=weights.packed)
         if not plan.intact():
             return LinearNorm.forward(self, x)
         x = linear(x, self.linear.weight, self.linear.bias)
         return self.bn(x.flatten(0, 1)).reshape_as(x)
+
+    def derive(self):
+        return batch_normed(self.linear, self.bn)
 
 
 class FastNormLinear(Fast, NormLinear):
@@ -75,12 +72,15 @@ class FastNormLinear(Fast, NormLinear):
 
     def forward(self, x):
         plan = self._hybridops_plan
-        if x.ndim == 2 and plan.folds(self, x):
-            weight, bias, packed = normed_linear_weights(self, "linear", self.bn, self.linear)
-            return linear(x, weight, bias, packed=packed)
+        weights = plan.derived(self, x) if x.ndim == 2 else None
+        if weights is not None:
+            return linear(x, weights.weight, weights.bias, packed=weights.packed)
         if not plan.intact():
             return NormLinear.forward(self, x)
         return linear(self.drop(self.bn(x)), self.linear.weight, self.linear.bias)
+
+    def derive(self):
+        return packed_linear(*fold_in_front(self.linear.weight, self.linear.bias, self.bn))
 
 
 class FastConvNorm(Fast, ConvNorm):
@@ -94,19 +94,23 @@ class FastConvNorm(Fast, ConvNorm):
 
     def forward(self, x):
         plan = self._hybridops_plan
-        if not plan.folds(self, x):
+        layer = plan.derived(self, x)
+        if layer is None:
             return ConvNorm.forward(self, x)
-        y = conv_stem(x, [conv_layer(self, "none")], layout="image")
+        y = conv_stem(x, [layer], layout="image")
         channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
         return y if channels_last else y.contiguous()  # callers view the result in eager's layout
+
+    def derive(self):
+        return conv_layer(self, "none")
 
 
 def conv_layer(layer, activation):
     """A ConvNorm and the activation behind it, for conv_stem."""
-    weight, bias, packed = conv_weights(layer, "conv", layer.linear, layer.bn)
-    return ConvLayer(
-        weight, bias, layer.linear.stride[0], layer.linear.padding[0], activation, packed
-    )
+    conv = layer.linear
+    weight, bias = fold_behind(conv.weight, conv.bias, layer.bn)
+    packed = None if in_graph(weight) else pack_conv(weight)
+    return ConvLayer(weight, bias, conv.stride[0], conv.padding[0], activation, packed)
 
 
 class _Stem(Fast):
@@ -138,11 +142,14 @@ class _Stem(Fast):
         )
 
     def forward(self, x):
-        plan = self._hybridops_plan
-        if not plan.folds(self, x):
+        layers = self._hybridops_plan.derived(self, x)
+        if layers is None:
             return nn.Sequential.forward(self, x)
-        modules = self._modules
-        return conv_stem(x, [conv_layer(modules[n], act) for n, act in plan.facts], layout="image")
+        return conv_stem(x, layers, layout="image")
+
+    def derive(self):
+        facts = self._hybridops_plan.facts
+        return [conv_layer(self._modules[name], activation) for name, activation in facts]
 
 
 class FastStem8(_Stem, Stem8):
@@ -159,12 +166,6 @@ def _not_linear_norm(name, module):
         return reason
     reason = FastLinearNorm.unserved(module, "inference")
     return reason and f"{name}: {reason}"
-
-
-def _bias(attn):
-    """The bias (H, Nq, Nk), spread from the table once per change of it."""
-    table, index = attn.attention_biases, attn.attention_bias_idxs
-    return derived(attn, "bias", (table, index), lambda: table[:, index])
 
 
 class FastAttention(Fast, Attention):
@@ -186,20 +187,23 @@ class FastAttention(Fast, Attention):
 
     def forward(self, x):
         plan = self._hybridops_plan
-        if plan.folds(self, x):
-            return self._folded(x, None)
+        weights = plan.derived(self, x)
+        if weights is not None:
+            return self._folded(x, weights, None)
         if not plan.intact():
             return Attention.forward(self, x)
         out = self._attend(self.qkv(x), self.attention_biases, self.attention_bias_idxs)
         return self.proj.ln(out)
 
-    def _folded(self, x, residual):
-        qkv = self.qkv
-        weight, bias, packed = linear_weights(self, "qkv", qkv.linear, qkv.bn)
-        out = self._attend(linear(x, weight, bias, packed=packed), _bias(self), None)
-        last = self.proj.ln
-        weight, bias, packed = linear_weights(self, "proj", last.linear, last.bn)
-        return linear(out, weight, bias, residual=residual, packed=packed)
+    def derive(self):
+        qkv, proj = self.qkv, self.proj.ln
+        bias = self.attention_biases[:, self.attention_bias_idxs]  # spread from the table, once
+        return batch_normed(qkv.linear, qkv.bn), bias, batch_normed(proj.linear, proj.bn)
+
+    def _folded(self, x, weights, residual):
+        (weight, bias, packed), scores, proj = weights
+        out = self._attend(linear(x, weight, bias, packed=packed), scores, None)
+        return linear(out, proj.weight, proj.bias, residual=residual, packed=proj.packed)
 
     def _attend(self, qkv, bias, index):
         B, N, _ = qkv.shape
@@ -233,22 +237,25 @@ class FastAttentionDownsample(Fast, AttentionDownsample):
 
     def forward(self, x):
         plan = self._hybridops_plan
-        if plan.folds(self, x):
-            return self._folded(x)
+        weights = plan.derived(self, x)
+        if weights is not None:
+            return self._folded(x, weights)
         if not plan.intact():
             return AttentionDownsample.forward(self, x)
         out = self._attend(self.q(x), self.kv(x), self.attention_biases, self.attention_bias_idxs)
         return self.proj.ln(out)
 
-    def _folded(self, x):
-        kv, q, last = self.kv, self.q.ln, self.proj.ln
-        weight, bias, packed = linear_weights(self, "kv", kv.linear, kv.bn)
-        keys = linear(x, weight, bias, packed=packed)
-        weight, bias, packed = linear_weights(self, "q", q.linear, q.bn)
-        queries = linear(self.q.down(x), weight, bias, packed=packed)
-        out = self._attend(queries, keys, _bias(self), None)
-        weight, bias, packed = linear_weights(self, "proj", last.linear, last.bn)
-        return linear(out, weight, bias, packed=packed)
+    def derive(self):
+        layers = (self.kv, self.q.ln, self.proj.ln)
+        kv, q, proj = (batch_normed(layer.linear, layer.bn) for layer in layers)
+        return kv, q, self.attention_biases[:, self.attention_bias_idxs], proj
+
+    def _folded(self, x, weights):
+        (weight, bias, packed), q, scores, proj = weights
+        kv = linear(x, weight, bias, packed=packed)
+        q = linear(self.q.down(x), q.weight, q.bias, packed=q.packed)
+        out = self._attend(q, kv, scores, None)
+        return linear(out, proj.weight, proj.bias, packed=proj.packed)
 
     def _attend(self, q, kv, bias, index):
         B, Nq, _ = q.shape
@@ -281,16 +288,16 @@ class FastLevitMlp(Fast, LevitMlp):
         return activation_name(module.act)
 
     def forward(self, x):
-        if self._hybridops_plan.folds(self, x):
-            return self._folded(x, None)
-        return LevitMlp.forward(self, x)
+        weights = self._hybridops_plan.derived(self, x)
+        return LevitMlp.forward(self, x) if weights is None else self._folded(x, weights, None)
 
-    def _folded(self, x, residual):
-        ln1, ln2 = self.ln1, self.ln2
-        weight, bias, packed = linear_weights(self, "ln1", ln1.linear, ln1.bn)
+    def derive(self):
+        return tuple(batch_normed(layer.linear, layer.bn) for layer in (self.ln1, self.ln2))
+
+    def _folded(self, x, weights, residual):
+        (weight, bias, packed), ln2 = weights
         h = linear(x, weight, bias, activation=self._hybridops_plan.facts, packed=packed)
-        weight, bias, packed = linear_weights(self, "ln2", ln2.linear, ln2.bn)
-        return linear(h, weight, bias, residual=residual, packed=packed)
+        return linear(h, ln2.weight, ln2.bias, residual=residual, packed=ln2.packed)
 
 
 def _not_drop_path(name, module):
@@ -312,16 +319,17 @@ class FastLevitBlock(Fast, LevitBlock):
         )
 
     def forward(self, x):
-        plan = self._hybridops_plan
-        attn, mlp = self.attn, self.mlp
-        if not (
-            isinstance(attn, FastAttention)
-            and isinstance(mlp, FastLevitMlp)
-            and plan.folds(self, x)
-        ):
+        weights = self._hybridops_plan.derived(self, x)
+        if weights is None:
             return LevitBlock.forward(self, x)
-        x = attn._folded(x, x)
-        return mlp._folded(x, x)
+        attn, mlp = weights
+        x = self.attn._folded(x, attn, x)
+        return self.mlp._folded(x, mlp, x)
+
+    def derive(self):
+        attn, mlp = self.attn, self.mlp
+        served = isinstance(attn, FastAttention) and isinstance(mlp, FastLevitMlp)
+        return (attn.derive(), mlp.derive()) if served else None
 
 
 class FastLevitDownsample(Fast, LevitDownsample):
@@ -338,13 +346,17 @@ class FastLevitDownsample(Fast, LevitDownsample):
         )
 
     def forward(self, x):
-        plan = self._hybridops_plan
+        weights = self._hybridops_plan.derived(self, x)
+        if weights is None:
+            return LevitDownsample.forward(self, x)
+        attn, mlp = weights
+        x = self.attn_downsample._folded(x, attn)
+        return self.mlp._folded(x, mlp, x)
+
+    def derive(self):
         attn, mlp = self.attn_downsample, self.mlp
         served = isinstance(attn, FastAttentionDownsample) and isinstance(mlp, FastLevitMlp)
-        if not (served and plan.folds(self, x)):
-            return LevitDownsample.forward(self, x)
-        x = attn._folded(x)
-        return mlp._folded(x, x)
+        return (attn.derive(), mlp.derive()) if served else None
 
 
 def _unserved_part(name, module, rule):
@@ -375,18 +387,14 @@ class FastLevitDistilled(Fast, LevitDistilled):
         return module.head, module.head_dist
 
     def forward_head(self, x, pre_logits=False):
-        if pre_logits or not self._hybridops_plan.folds(self, x) or self.global_pool != "avg":
+        averages = not pre_logits and self.global_pool == "avg"
+        weights = self._hybridops_plan.derived(self, x) if averages else None
+        if weights is None:
             return LevitDistilled.forward_head(self, x, pre_logits)
-        weight, bias, packed = self._averaged()
-        return linear(x.mean(1), weight, bias, packed=packed)
+        return linear(x.mean(1), weights.weight, weights.bias, packed=weights.packed)
 
-    def _averaged(self):
+    def derive(self):
         a, b = self.head, self.head_dist
-        tensors = [t for h in (a, b) for t in (h.linear.weight, h.linear.bias, *norm_sources(h.bn))]
-
-        def make():
-            one = fold_in_front(a.linear.weight, a.linear.bias, a.bn)
-            two = fold_in_front(b.linear.weight, b.linear.bias, b.bn)
-            return packed_linear(*((p + q) / 2 for p, q in zip(one, two, strict=True)))
-
-        return derived(self, "head", tensors, make)
+        one = fold_in_front(a.linear.weight, a.linear.bias, a.bn)
+        two = fold_in_front(b.linear.weight, b.linear.bias, b.bn)
+        return packed_linear(*((p + q) / 2 for p, q in zip(one, two, strict=True)))

@@ -17,21 +17,23 @@ from timm.models.twins import (
 )
 from torch import nn
 
-from ..nn._derived import derived, linear_weights, patch_weights
+from ..nn._derived import Weights
 from ..ops import attention, linear, patch_embed, peg
 from .fast import (
     Fast,
     activation_name,
     first,
+    norm_of,
     not_layer_norm,
     not_one_of,
     not_plain_conv,
     not_plain_linear,
     one_dtype,
     packed_linear,
+    packed_patch,
+    scaled,
 )
 from .timm_layers import FastMlp
-from .timm_vit import norm_of
 
 
 def _dropout_in_training(module, mode):
@@ -79,34 +81,36 @@ class FastLocallyGroupedAttn(Fast, LocallyGroupedAttn):
 
     def forward(self, x, size):
         plan = self._hybridops_plan
-        if plan.folds(self, x):
-            return self._attend(
-                x,
-                size,
-                *linear_weights(self, "qkv", self.qkv),
-                *linear_weights(self, "proj", self.proj),
-            )
+        weights = plan.derived(self, x)
+        if weights is not None:
+            return self._attend(x, size, *weights)
         if _drops(self) or not plan.intact():
             return LocallyGroupedAttn.forward(self, x, size)
-        qkv, proj = self.qkv, self.proj
-        return self.proj_drop(
-            self._attend(x, size, qkv.weight, qkv.bias, None, proj.weight, proj.bias, None)
-        )
+        qkv, proj = (Weights(layer.weight, layer.bias, None) for layer in (self.qkv, self.proj))
+        return self.proj_drop(self._attend(x, size, qkv, proj))
 
-    def _attend(self, x, size, qkv, qkv_bias, qkv_packed, proj, proj_bias, proj_packed):
+    def derive(self):
+        return scaled(self.qkv), scaled(self.proj)
+
+    def _attend(self, x, size, qkv, proj):
         B, N, C = x.shape
         (H, W), ws = size, self.ws
         bottom, right = -H % ws, -W % ws
         if bottom or right:  # zeros join the windows as tokens, unmasked: timm's meaning
             x = F.pad(x.view(B, H, W, C), (0, 0, 0, right, 0, bottom)).view(B, -1, C)
         padded = (H + bottom, W + right)
-        out = _packed_attention(
-            self, linear(into_windows(x, padded, ws), qkv, qkv_bias, packed=qkv_packed)
-        )
+        x = into_windows(x, padded, ws)
+        out = _packed_attention(self, linear(x, qkv.weight, qkv.bias, packed=qkv.packed))
         out = from_windows(out, padded, ws)
         if bottom or right:
             out = out.view(B, *padded, C)[:, :H, :W].reshape(B, N, C)
-        return linear(out, proj, proj_bias, packed=proj_packed)
+        return linear(out, proj.weight, proj.bias, packed=proj.packed)
+
+
+def _mixed_biases(module):
+    if (module.q.bias is None) != (module.kv.bias is None):
+        return "only one of q and kv has a bias"
+    return None
 
 
 class FastGlobalSubSampleAttn(Fast, GlobalSubSampleAttn):
@@ -121,15 +125,16 @@ class FastGlobalSubSampleAttn(Fast, GlobalSubSampleAttn):
             )
         )
         if reason or module.sr is None:
-            return reason
+            return reason or _mixed_biases(module)
         if module.sr.kernel_size != module.sr.stride or module.sr.padding != (0, 0):
             return f"sr has kernel {module.sr.kernel_size} and stride {module.sr.stride}"
         return not_plain_conv("sr", module.sr) or not_layer_norm("norm", module.norm, LayerNorm)
 
     def forward(self, x, size):
         plan = self._hybridops_plan
-        if plan.folds(self, x):
-            return self._folded(x, size, None, None)
+        weights = plan.derived(self, x)
+        if weights is not None:
+            return self._folded(x, size, weights, None, None)
         if _drops(self) or not plan.intact():
             return GlobalSubSampleAttn.forward(self, x, size)
         q = linear(x, self.q.weight, self.q.bias)
@@ -140,39 +145,32 @@ class FastGlobalSubSampleAttn(Fast, GlobalSubSampleAttn):
         out = self._attend(q, kv)
         return self.proj_drop(linear(out, self.proj.weight, self.proj.bias))
 
-    def _folded(self, x, size, norm, residual):
-        """proj(attend(norm(x))) + residual; norm is the block's LayerNorm, or None."""
+    def derive(self):
         if self.sr is None:
-            weight, bias, packed = self._qkv_weights()
+            return self._merged(), None, None, scaled(self.proj)
+        return scaled(self.q), packed_patch(self.sr), scaled(self.kv), scaled(self.proj)
+
+    def _merged(self):
+        """q and kv as one product: without subsampling both read the same tokens."""
+        q, kv = self.q, self.kv
+        bias = None if q.bias is None else torch.cat([q.bias, kv.bias])
+        return packed_linear(torch.cat([q.weight, kv.weight]), bias)
+
+    def _folded(self, x, size, weights, norm, residual):
+        """proj(attend(norm(x))) + residual; norm is the block's LayerNorm, or None."""
+        (weight, bias, packed), sr, kv, proj = weights
+        if sr is None:
             fused = None if norm is None else norm_of(norm)
             out = _packed_attention(self, linear(x, weight, bias, norm=fused, packed=packed))
         else:
             if norm is not None:  # the convolution needs it too
                 x = norm(x)
-            weight, bias, packed = linear_weights(self, "q", self.q)
             q = linear(x, weight, bias, packed=packed)
-            weight, bias, packed = patch_weights(self, "sr", self.sr)
             image = x.unflatten(1, size).permute(0, 3, 1, 2)
-            x = patch_embed(
-                image, weight, bias, stride=self.sr_ratio, norm=norm_of(self.norm), packed=packed
-            )
-            weight, bias, packed = linear_weights(self, "kv", self.kv)
-            out = self._attend(q, linear(x, weight, bias, packed=packed))
-        weight, bias, packed = linear_weights(self, "proj", self.proj)
-        return linear(out, weight, bias, residual=residual, packed=packed)
-
-    def _qkv_weights(self):
-        q, kv = self.q, self.kv
-
-        def make():
-            biases = [
-                b if b is not None else layer.weight.new_zeros(layer.weight.shape[0])
-                for layer in (q, kv)
-                for b in (layer.bias,)
-            ]
-            return packed_linear(torch.cat([q.weight, kv.weight]), torch.cat(biases))
-
-        return derived(self, "qkv", (q.weight, q.bias, kv.weight, kv.bias), make)
+            fused, ratio = norm_of(self.norm), self.sr_ratio
+            x = patch_embed(image, sr.weight, sr.bias, stride=ratio, norm=fused, packed=sr.packed)
+            out = self._attend(q, linear(x, kv.weight, kv.bias, packed=kv.packed))
+        return linear(out, proj.weight, proj.bias, residual=residual, packed=proj.packed)
 
     def _attend(self, q, kv):
         B, N, C = q.shape
@@ -214,35 +212,34 @@ class FastBlock(Fast, Block):
         return activation_name(module.mlp.act)
 
     def forward(self, x, size):
-        attn, plan = self.attn, self._hybridops_plan
-        served = isinstance(attn, (FastLocallyGroupedAttn, FastGlobalSubSampleAttn))
-        if not (served and plan.folds(self, x) and self._has_one_dtype()):
+        weights = self._hybridops_plan.derived(self, x)
+        if weights is None:
             return Block.forward(self, x, size)
+        attn, (parts, fc1, fc2) = self.attn, weights
         if isinstance(attn, FastGlobalSubSampleAttn):
-            return self._mlp(attn._folded(x, size, self.norm1, x))
+            return self._mlp(attn._folded(x, size, parts, self.norm1, x), fc1, fc2)
         ws = attn.ws
         if size[0] % ws or size[1] % ws:  # the zeros come behind the norm, so it cannot be fused
-            return self._mlp(x + attn(self.norm1(x), size))
+            return self._mlp(x + attn._attend(self.norm1(x), size, *parts), fc1, fc2)
         # the whole block stays in window order: only the two permutations touch memory
         x = into_windows(x, size, ws)
-        weight, bias, packed = linear_weights(attn, "qkv", attn.qkv)
-        out = _packed_attention(
-            attn, linear(x, weight, bias, norm=norm_of(self.norm1), packed=packed)
-        )
-        weight, bias, packed = linear_weights(attn, "proj", attn.proj)
-        x = linear(out, weight, bias, residual=x, packed=packed)
-        return from_windows(self._mlp(x), size, ws)
+        qkv, proj = parts
+        qkv = linear(x, qkv.weight, qkv.bias, norm=norm_of(self.norm1), packed=qkv.packed)
+        out = _packed_attention(attn, qkv)
+        x = linear(out, proj.weight, proj.bias, residual=x, packed=proj.packed)
+        return from_windows(self._mlp(x, fc1, fc2), size, ws)
 
-    def _mlp(self, x):
-        mlp = self.mlp
-        weight, bias, packed = linear_weights(mlp, "fc1", mlp.fc1)
-        activation = self._hybridops_plan.facts
-        h = linear(x, weight, bias, norm=norm_of(self.norm2), activation=activation, packed=packed)
-        weight, bias, packed = linear_weights(mlp, "fc2", mlp.fc2)
-        return linear(h, weight, bias, residual=x, packed=packed)
+    def derive(self):
+        attn, mlp, norms = self.attn, self.mlp, (self.norm1, self.norm2)
+        served = isinstance(attn, (FastLocallyGroupedAttn, FastGlobalSubSampleAttn))
+        if not served or not one_dtype(layer.weight for layer in (*norms, attn.proj, mlp.fc1)):
+            return None
+        return attn.derive(), scaled(mlp.fc1), scaled(mlp.fc2)
 
-    def _has_one_dtype(self):
-        return self.norm1.weight.dtype == self.norm2.weight.dtype == self.mlp.fc1.weight.dtype
+    def _mlp(self, x, fc1, fc2):
+        norm, activation = norm_of(self.norm2), self._hybridops_plan.facts
+        h = linear(x, fc1.weight, fc1.bias, norm=norm, activation=activation, packed=fc1.packed)
+        return linear(h, fc2.weight, fc2.bias, residual=x, packed=fc2.packed)
 
 
 class FastPosConv(Fast, PosConv):
@@ -288,18 +285,22 @@ class FastPatchEmbed(Fast, PatchEmbed):
 
     def forward(self, x):
         plan = self._hybridops_plan
+        weights = plan.derived(self, x)
         proj, norm = self.proj, self.norm
-        if plan.folds(self, x) and one_dtype((proj.weight, norm.weight)):
-            weight, bias, packed = patch_weights(self, "proj", proj)
-            tokens = patch_embed(
-                x, weight, bias, stride=proj.stride[0], norm=norm_of(norm), packed=packed
-            )
+        if weights is not None:
+            weight, bias, packed = weights
+            fused, stride = norm_of(norm), proj.stride[0]
+            tokens = patch_embed(x, weight, bias, stride=stride, norm=fused, packed=packed)
         elif plan.intact():
             tokens = norm(patch_embed(x, proj.weight, proj.bias, stride=proj.stride[0]))
         else:
             return PatchEmbed.forward(self, x)
         _, _, H, W = x.shape
         return tokens, (H // self.patch_size[0], W // self.patch_size[1])
+
+    def derive(self):
+        same = self.proj.weight.dtype == self.norm.weight.dtype
+        return packed_patch(self.proj) if same else None
 
 
 class FastTwins(Fast, Twins):

@@ -11,13 +11,14 @@ from timm.layers.norm import LayerNorm
 from timm.models.vision_transformer import Block
 from torch import nn
 
-from ..nn._derived import Weights, derived
+from ..nn._derived import Weights
 from ..ops import linear
 from .fast import (
     Fast,
     activation_name,
     fall_back,
     first,
+    norm_of,
     not_layer_norm,
     not_one_of,
     one_dtype,
@@ -31,11 +32,6 @@ class _Weights(NamedTuple):
     proj: Weights
     fc1: Weights
     fc2: Weights
-
-
-def norm_of(norm):
-    """A LayerNorm module as linear's `norm`."""
-    return norm.weight, norm.bias, norm.eps
 
 
 class FastBlock(Fast, Block):
@@ -79,7 +75,7 @@ class FastBlock(Fast, Block):
         if attn_mask is not None or is_causal:
             fall_back("timm Block", "mask")
             return Block.forward(self, x, attn_mask, is_causal)
-        weights = self._weights() if plan.folds(self, x) else None
+        weights = plan.derived(self, x)
         if weights is None:
             return Block.forward(self, x)
         qkv, proj, fc1, fc2 = weights
@@ -97,19 +93,12 @@ class FastBlock(Fast, Block):
         )
         return linear(h, fc2.weight, fc2.bias, residual=x, packed=fc2.packed)
 
-    def _weights(self):
-        """The four products' weights, or None where the parts differ in dtype."""
+    def derive(self):
         attn, mlp = self.attn, self.mlp
         layers = (attn.qkv, attn.proj, mlp.fc1, mlp.fc2)
-        gamma1 = self.ls1.gamma if type(self.ls1) is LayerScale else None
-        gamma2 = self.ls2.gamma if type(self.ls2) is LayerScale else None
-        norms = (self.norm1.weight, self.norm2.weight)
-
-        def make():
-            if not one_dtype((*norms, *(layer.weight for layer in layers))):
-                return None
-            gammas = (None, gamma1, None, gamma2)
-            return _Weights(*map(scaled, layers, gammas))
-
-        tensors = [t for layer in layers for t in (layer.weight, layer.bias)]
-        return derived(self, "block", (*tensors, gamma1, gamma2, *norms), make)
+        norms = (self.norm1, self.norm2)
+        if not one_dtype(layer.weight for layer in (*layers, *norms)):
+            return None
+        gammas = [ls.gamma if type(ls) is LayerScale else None for ls in (self.ls1, self.ls2)]
+        qkv, fc1 = (scaled(layer, None) for layer in (attn.qkv, mlp.fc1))
+        return _Weights(qkv, scaled(attn.proj, gammas[0]), fc1, scaled(mlp.fc2, gammas[1]))
