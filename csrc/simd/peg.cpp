@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "activation.h"
+#include "tile.h"
 
 namespace hybridops::simd {
 inline namespace HYBRIDOPS_SIMD {
@@ -17,28 +18,45 @@ struct Window {
       : first(start < 0 ? -start : 0), last(std::max<int64_t>(std::min(K, size - start), 0)) {}
 };
 
+// P output pixels side by side, all with the same taps inside the grid; channels [c, c + left).
 template <int P, class T>
-HYBRIDOPS_INLINE void pixels(const T* x, const float* taps, const float* bias, const Depthwise& d, int64_t h0,
-                             int64_t w0, Window rows, Window columns, bool residual, bool gate, int64_t activation,
-                             const T* center, T* y) {
-  for (int64_t c = 0; c < d.C; c += kLanes) {
-    const int64_t left = d.C - c;
-    Vec z[P];
-    const Vec start = bias ? load_some(bias + c, left) : Vec{};
-    for (int p = 0; p < P; ++p) z[p] = start;
-    for (int64_t i = rows.first; i < rows.last; ++i)
-      for (int64_t j = columns.first; j < columns.last; ++j) {
-        const Vec tap = load_some(taps + (i * d.K + j) * d.C + c, left);
-        const T* from = x + ((h0 + i) * d.W + w0 + j) * d.C + c;
-        for (int p = 0; p < P; ++p) z[p] = fma(load_some(from + p * d.stride * d.C, left), tap, z[p]);
-      }
-    activate(z, P, activation);
-    for (int p = 0; p < P; ++p) {
-      if (residual) z[p] += load_some(center + p * d.C + c, left);
-      if (gate) z[p] = load_some(center + p * d.C + c, left) / (exp(-z[p]) + 1.0f);
-      store_some(y + p * d.C + c, z[p], left);
+HYBRIDOPS_INLINE void pixels_at(const T* x, const float* taps, const float* bias, const Depthwise& d, int64_t h0,
+                                int64_t w0, Window rows, Window columns, bool residual, bool gate, int64_t activation,
+                                const T* center, T* y, int64_t c, int64_t left) {
+  const Vec start = bias ? load_some(bias + c, left) : Vec{};
+  Vec z[P];
+  HYBRIDOPS_UNROLL for (int p = 0; p < P; ++p) z[p] = start;
+  for (int64_t i = rows.first; i < rows.last; ++i) {
+    const T* from = x + ((h0 + i) * d.W + w0 + columns.first) * d.C + c;
+    const float* tap = taps + (i * d.K + columns.first) * d.C + c;
+    for (int64_t j = columns.first; j < columns.last; ++j, from += d.C, tap += d.C) {
+      const Vec weight = load_some(tap, left);
+      HYBRIDOPS_UNROLL for (int p = 0; p < P; ++p)
+        z[p] = fma(load_some(from + p * d.stride * d.C, left), weight, z[p]);
     }
   }
+  if (activation != kNone) {
+    Vec flat[P];  // a copy: z itself is never indexed at run time and stays in registers
+    HYBRIDOPS_UNROLL for (int p = 0; p < P; ++p) flat[p] = z[p];
+    activate(flat, P, activation);
+    HYBRIDOPS_UNROLL for (int p = 0; p < P; ++p) z[p] = flat[p];
+  }
+  HYBRIDOPS_UNROLL for (int p = 0; p < P; ++p) {
+    if (residual && !gate) z[p] += load_some(center + p * d.C + c, left);
+    if (gate) z[p] = load_some(center + p * d.C + c, left) / (exp(-z[p]) + 1.0f);
+    store_some(y + p * d.C + c, z[p], left);
+  }
+}
+
+template <int P, class T>
+__attribute__((noinline)) void pixels(const T* x, const float* taps, const float* bias, const Depthwise& d, int64_t h0,
+                                      int64_t w0, Window rows, Window columns, bool residual, bool gate,
+                                      int64_t activation, const T* center, T* y) {
+  int64_t c = 0;
+  for (; c + kLanes <= d.C; c += kLanes)
+    pixels_at<P>(x, taps, bias, d, h0, w0, rows, columns, residual, gate, activation, center, y, c, kLanes);
+  if (c < d.C)
+    pixels_at<P>(x, taps, bias, d, h0, w0, rows, columns, residual, gate, activation, center, y, c, d.C - c);
 }
 
 template <class T>

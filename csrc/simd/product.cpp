@@ -9,11 +9,12 @@ namespace hybridops::simd {
 inline namespace HYBRIDOPS_SIMD {
 namespace {
 
-// Walks the rows of a Grid with one division at the start instead of one per row.
+// Walks the rows of a Grid with at most one division, at the start.
 struct Cursor {
   const Grid& grid;
   int64_t outer, inner;
-  Cursor(const Grid& g, int64_t row) : grid(g), outer(row / g.inner), inner(row % g.inner) {}
+  Cursor(const Grid& g, int64_t row)
+      : grid(g), outer(row < g.inner ? 0 : row / g.inner), inner(row < g.inner ? row : row % g.inner) {}
   int64_t next() {
     const int64_t at = outer * grid.outer_stride + inner * grid.inner_stride;
     if (++inner == grid.inner) inner = 0, ++outer;
@@ -34,24 +35,33 @@ struct ProductTile {
     Cursor from(rows.grid, m);
     HYBRIDOPS_UNROLL for (int i = 0; i < MR; ++i) a[i] = rows.data + from.next();
 
-    Tile<MR, NV> tile;
-    HYBRIDOPS_UNROLL for (int v = 0; v < NV; ++v) {
-      const int64_t n = column + v * kLanes;
-      const Vec bias = output.bias ? load_some(output.bias + n, N - n) : Vec{};
-      HYBRIDOPS_UNROLL for (int i = 0; i < MR; ++i) tile[i][v] = bias;
-    }
+    Tile<MR, NV> tile = {};
+    Totals<MR, NV> totals;
     const float* b = panel;
     for (int64_t i = 0; i < rows.count1; ++i)
       for (int64_t j = 0; j < rows.count2; ++j) {
-        const int64_t offset = i * rows.stride1 + j * rows.stride2;
-        const float* run[MR];
-        HYBRIDOPS_UNROLL for (int r = 0; r < MR; ++r) run[r] = a[r] + offset;
-        multiply<MR, NV>(tile, run, b, rows.length);
-        b += rows.length * NV * kLanes;
+        int64_t offset = i * rows.stride1 + j * rows.stride2;
+        for (int64_t left = rows.length; left > 0;) {
+          const int64_t length = totals.room(tile, left);
+          const float* run[MR];
+          HYBRIDOPS_UNROLL for (int r = 0; r < MR; ++r) run[r] = a[r] + offset;
+          multiply<MR, NV>(tile, run, b, length);
+          b += length * NV * kLanes;
+          offset += length;
+          left -= length;
+        }
       }
+    totals.collect(tile);
+    if (output.bias) {
+      HYBRIDOPS_UNROLL for (int v = 0; v < NV; ++v) {
+        const int64_t n = column + v * kLanes;
+        const Vec bias = load_some(output.bias + n, N - n);
+        HYBRIDOPS_UNROLL for (int i = 0; i < MR; ++i) tile[i][v] += bias;
+      }
+    }
     if (output.row_scale) {
       HYBRIDOPS_UNROLL for (int i = 0; i < MR; ++i) {
-        const Vec scale = splat_from(output.row_scale + m + i);
+        const Vec scale = splat(output.row_scale[m + i]);
         HYBRIDOPS_UNROLL for (int v = 0; v < NV; ++v) tile[i][v] *= scale;
       }
     }
@@ -118,29 +128,37 @@ void pack_panel(const T* source, int64_t stride_k, int64_t stride_n, int64_t K, 
   }
 }
 
+// Sum over a row of f(value, i), in four chains so that the additions overlap.
+template <class T, class F>
+HYBRIDOPS_INLINE float sum_row(const T* x, int64_t n, const F& f) {
+  Vec total[4] = {};
+  int64_t i = 0;
+  for (; i + 4 * kLanes <= n; i += 4 * kLanes)
+    HYBRIDOPS_UNROLL for (int c = 0; c < 4; ++c) total[c] += f(load(x + i + c * kLanes));
+  for (; i + kLanes <= n; i += kLanes) total[0] += f(load(x + i));
+  float all = sum((total[0] + total[1]) + (total[2] + total[3]));
+  if (i < n) {
+    float lane[kLanes];
+    store(lane, f(load(x + i, (int)(n - i))));
+    for (int64_t t = 0; t < n - i; ++t) all += lane[t];
+  }
+  return all;
+}
+
 template <class T>
 void layer_norm_rows(const T* x, int64_t stride_x, int64_t rows, int64_t n, const float* weight, const float* bias,
                      float eps, float* y, int64_t stride_y) {
   for (int64_t r = 0; r < rows; ++r, x += stride_x, y += stride_y) {
-    Vec total{};
-    for (int64_t i = 0; i < n; i += kLanes) {
-      const Vec value = load_some(x + i, n - i);
-      store_some(y + i, value, n - i);
-      total += value;
-    }
-    const float mean = sum(total) / (float)n;
-    Vec squares{};
-    for (int64_t i = 0; i < n; i += kLanes) {
-      const Vec center = n - i >= kLanes ? splat(mean) : first_lanes(mean, n - i);
-      const Vec d = load_some(y + i, n - i) - center;
-      squares = fma(d, d, squares);
-    }
-    const float rstd = 1.0f / std::sqrt(sum(squares) / (float)n + eps);
-    for (int64_t i = 0; i < n; i += kLanes) {
-      const Vec scaled = (load_some(y + i, n - i) - mean) * rstd;
-      const Vec shift = bias ? load_some(bias + i, n - i) : Vec{};
-      store_some(y + i, fma(scaled, load_some(weight + i, n - i), shift), n - i);
-    }
+    const float mean = sum_row(x, n, [](Vec v) { return v; }) / (float)n;
+    const float variance = sum_row(x, n, [mean](Vec v) { return (v - mean) * (v - mean); }) / (float)n;
+    const float rstd = 1.0f / std::sqrt(variance + eps);
+    const auto normed = [=](int64_t i, int64_t left) {
+      const Vec shift = bias ? load_some(bias + i, left) : Vec{};
+      store_some(y + i, fma((load_some(x + i, left) - mean) * rstd, load_some(weight + i, left), shift), left);
+    };
+    int64_t i = 0;
+    for (; i + kLanes <= n; i += kLanes) normed(i, kLanes);
+    if (i < n) normed(i, n - i);
   }
 }
 

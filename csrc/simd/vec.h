@@ -35,8 +35,14 @@ using BFloat16 = uint16_t;
 
 #define HYBRIDOPS_INLINE inline __attribute__((always_inline))
 
-HYBRIDOPS_INLINE Vec splat(float x) { return Vec{} + x; }
-HYBRIDOPS_INLINE Vec splat_from(const float* p) { return splat(*p); }
+// Not Vec{} + x: the compiler must keep that addition, which turns -0 into 0.
+#if defined(HYBRIDOPS_ISA_AVX512) && !defined(HYBRIDOPS_EMULATE)
+HYBRIDOPS_INLINE Vec splat(float x) { return (Vec)_mm512_set1_ps(x); }
+#elif defined(HYBRIDOPS_ISA_AVX2)
+HYBRIDOPS_INLINE Vec splat(float x) { return (Vec)_mm256_set1_ps(x); }
+#else
+HYBRIDOPS_INLINE Vec splat(float x) { return Vec{x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }
+#endif
 
 #if defined(HYBRIDOPS_ISA_AVX512) && !defined(HYBRIDOPS_EMULATE)
 
@@ -135,13 +141,6 @@ HYBRIDOPS_INLINE void store_some(T* p, Vec x, int64_t n) {
     store(p, x);
   else
     store(p, x, (int)n);
-}
-
-// x in the first n lanes, 0 behind them.
-HYBRIDOPS_INLINE Vec first_lanes(float x, int64_t n) {
-  float buffer[kLanes] = {};
-  for (int64_t i = 0; i < n; ++i) buffer[i] = x;
-  return load(buffer);
 }
 
 HYBRIDOPS_INLINE float to_float(float x) { return x; }
