@@ -9,6 +9,7 @@ from torch import nn
 
 from ..compat import import_timm
 from . import rules
+from .fast import original_class
 from .report import Report
 from .swap import survey
 
@@ -28,7 +29,7 @@ def explain(name_or_model: str | nn.Module, mode: str = "inference", **kwargs: A
         raise TypeError(f"explain: want a name or an nn.Module, got {type(model).__name__}")
     rules.load_plugins()
     layers, _ = survey(model, mode)
-    return Report(type(model).__name__, {"mode": mode}, layers)
+    return Report(original_class(model).__name__, {"mode": mode}, layers)
 
 
 def build(name: str, **kwargs: Any) -> nn.Module:

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from .. import backend
+from .fast import original_class
 from .swap import JOURNAL, Layer
 
 _HEADER = ("layer", "was", "now", "error", "torch's")
@@ -85,7 +86,9 @@ def report(model: nn.Module) -> Report:
     since = backend.fallbacks - journal.fallbacks
     checks = journal.verification.checks if journal.verification else ()
     errors = {check.fqn: (check.error, check.eager) for check in checks}
-    return Report(type(model).__name__, journal.options, journal.layers, dict(since), errors)
+    return Report(
+        original_class(model).__name__, journal.options, journal.layers, dict(since), errors
+    )
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -18,6 +18,8 @@ from .fast import Fast, dotted
 
 _HERE = "hybridops.optimize"
 RULES: dict[str, str | type[Fast]] = {
+    "hybridops.models.levit:Levit": f"{_HERE}.ours:FastLevit",
+    "hybridops.models.cpvt:Cpvt": f"{_HERE}.ours:FastCpvt",
     "timm.layers.attention:Attention": f"{_HERE}.timm_layers:FastAttention",
     "timm.layers.mlp:Mlp": f"{_HERE}.timm_layers:FastMlp",
     "timm.layers.patch_embed:PatchEmbed": f"{_HERE}.timm_layers:FastPatchEmbed",

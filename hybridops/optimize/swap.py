@@ -154,8 +154,12 @@ def survey(
                 covered.update(id(m) for child in rule.bypassed(module) for m in child.modules())
                 if not isinstance(module, Fast):
                     swaps.append((module, rule))
-        elif layer.reason is None and isinstance(module, _HOT) and id(module) not in covered:
-            layer.reason = "no rule"
+        elif layer.reason is None and id(module) not in covered:
+            if layer.old.startswith("hybridops.nn."):
+                layer.reason = "runs on hybridops kernels already"
+                covered.update(map(id, module.modules()))
+            elif isinstance(module, _HOT):
+                layer.reason = "no rule"
         if layer.rule or layer.reason:
             layers.append(layer)
     return layers, swaps

@@ -38,6 +38,7 @@ from .fast import (
     not_plain_linear,
     packed_linear,
 )
+from .ours import averaged_heads
 
 USE_CONV = "use_conv: its NCHW products have no kernel"
 
@@ -394,7 +395,4 @@ class FastLevitDistilled(Fast, LevitDistilled):
         return linear(x.mean(1), weights.weight, weights.bias, packed=weights.packed)
 
     def derive(self):
-        a, b = self.head, self.head_dist
-        one = fold_in_front(a.linear.weight, a.linear.bias, a.bn)
-        two = fold_in_front(b.linear.weight, b.linear.bias, b.bn)
-        return packed_linear(*((p + q) / 2 for p, q in zip(one, two, strict=True)))
+        return averaged_heads((self.head, self.head_dist))

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from .. import backend
 from .fast import dotted
 from .gates import fit_statistics, randomise_gates
 from .report import aligned
@@ -126,8 +127,9 @@ def verify(model: nn.Module, example: Any, *, raises: bool = False, seed: int = 
             continue
         args, kwargs = calls[fqn]
         call = _Call(module.overrides, args, kwargs)
-        eager = call.on(original.get_submodule(fqn))
-        reference = call.doubled().on(exact.get_submodule(fqn))
+        with backend.use("reference"):  # our own models' originals run as plain torch too
+            eager = call.on(original.get_submodule(fqn))
+            reference = call.doubled().on(exact.get_submodule(fqn))
         checks.append(Check(fqn, rule, *_compare(call.on(module), eager, reference)))
         if type(module) in seen:
             continue
