@@ -158,7 +158,7 @@ def _weights(owner, name, sources, fold, pack) -> Weights:
     return derived(owner, name if dtype is None else (name, dtype), sources, make)
 
 
-def linear_weights(owner: nn.Module, name: str, linear: nn.Module, norm: Any = None) -> Weights:
+def linear_weights(owner: nn.Module, name: str, linear: Any, norm: Any = None) -> Weights:
     """An nn.Linear (or 1x1 convolution), with the eval-mode BatchNorm behind it folded in."""
     weight, bias = linear.weight, linear.bias
     sources = (weight, bias, *_norm_sources(norm))
@@ -185,14 +185,14 @@ def weight_rows(
     return _weights(owner, name, (weight, bias), rows, pack_linear)
 
 
-def conv_weights(owner: nn.Module, name: str, conv: nn.Module, norm: Any = None) -> Weights:
+def conv_weights(owner: nn.Module, name: str, conv: Any, norm: Any = None) -> Weights:
     """An nn.Conv2d of a stem, with the eval-mode BatchNorm behind it folded in."""
     weight, bias = conv.weight, conv.bias
     sources = (weight, bias, *_norm_sources(norm))
     return _weights(owner, name, sources, lambda: fold_behind(weight, bias, norm), pack_conv)
 
 
-def patch_weights(owner: nn.Module, name: str, conv: nn.Module, norm: Any = None) -> Weights:
+def patch_weights(owner: nn.Module, name: str, conv: Any, norm: Any = None) -> Weights:
     """An nn.Conv2d that cuts an image into patches."""
     weight, bias = conv.weight, conv.bias
     sources = (weight, bias, *_norm_sources(norm))

@@ -18,6 +18,7 @@ from ._derived import linear_weights
 
 LINEARS = {nn.Linear, NonDynamicallyQuantizableLinear}
 CONVS = {nn.Conv2d}
+SEQUENTIALS = {nn.Sequential}
 BATCH_NORMS = {nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm}
 LAYER_NORMS = {nn.LayerNorm}  # a rule adds here the classes that it knows to mean the same
 ACTIVATIONS = {
@@ -49,7 +50,7 @@ def is_plain(module: nn.Module | None, classes) -> bool:
     return type(module) in classes and not is_hooked(module)
 
 
-def activation_name(module: nn.Module) -> str | None:
+def activation_name(module: Any) -> str | None:
     """The op's word for an activation module, or None where the module must be called."""
     name = ACTIVATIONS.get(type(module))
     if name is None or is_hooked(module):

@@ -124,7 +124,7 @@ class NormLinear(nn.Module):
             nn.init.zeros_(self.linear.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        children: dict[str, Any] = self._modules  # type: ignore[assignment]
+        children: dict[str, Any] = self._modules
         bn, drop, linear = children["bn"], children["drop"], children["linear"]
         plain = is_plain(linear, LINEARS) and is_plain(bn, BATCH_NORMS)
         if backend.reference_forced() or not plain:

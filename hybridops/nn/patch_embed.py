@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .. import backend, ops
 from ..ops import pack_patch
-from ._derived import Weights, derived, patch_weights
+from ._derived import Weights, derived, in_graph, patch_weights
 from ._fusion import CONVS, is_plain, keeps_fp32, norm_args
 
 Size = int | tuple[int, int]
@@ -136,8 +136,7 @@ class PatchEmbed(nn.Module):
             shift = -(wide * mean.double()[:, None, None]).sum((1, 2, 3))
             shift = shift if bias is None else shift + bias.double()
             folded = (wide / 255 if is_bytes else wide).to(weight.dtype)
-            graph = torch.compiler.is_compiling() or folded.requires_grad
-            packed = None if graph else pack_patch(folded)
+            packed = None if in_graph(folded) else pack_patch(folded)
             return Weights(folded, shift.to(weight.dtype), packed)
 
         name = "bytes" if is_bytes else "floats"

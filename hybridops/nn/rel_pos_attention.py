@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .. import backend, ops
 from ._derived import derived
-from ._fusion import activation_name
+from ._fusion import SEQUENTIALS, activation_name, finish, is_plain
 from .linear import LinearNorm, linear_norm
 
 
@@ -173,20 +173,24 @@ def rel_pos_attention_downsample(module: Any, x: Tensor) -> Tensor:
     D, Dv, H = module.key_dim, module.val_dim, module.num_heads
     kv = linear_norm(module._modules["kv"], x).view(B, N, H, -1)
     k, v = kv.split((D, Dv), dim=3)
-    queries = module._modules["q"]._modules
-    q = linear_norm(queries["ln"], queries["down"](x))
+    queries = module._modules["q"]
+    if is_plain(queries, SEQUENTIALS):
+        q = linear_norm(queries._modules["ln"], queries._modules["down"](x))
+    else:
+        q = queries(x)
     return _attend(module, q.view(B, -1, H, D), k, v, None)
 
 
 def _attend(module, q, k, v, residual):
-    proj = module._modules["proj"]._modules
-    act, ln = proj["act"], proj["ln"]
+    proj = module._modules["proj"]
+    plain = is_plain(proj, SEQUENTIALS)
+    act = proj._modules["act"] if plain else None
     biases, index = module.attention_biases, module.attention_bias_idxs
     if backend.reference_forced():
         scores = q.transpose(1, 2) @ k.permute(0, 2, 3, 1) * module.scale + biases[:, index]
         out = (scores.softmax(-1) @ v.transpose(1, 2)).transpose(1, 2).flatten(2)
-        return linear_norm(ln, act(out), residual=residual)
-    name = activation_name(act)
+        return finish(proj(out), residual=residual)
+    name = activation_name(act) if plain else None
     if torch.is_grad_enabled() and biases.requires_grad:  # the kernel has the table's gradient
         bias = biases
     else:
@@ -195,4 +199,6 @@ def _attend(module, q, k, v, residual):
     out = ops.attention(
         q, k, v, bias=bias, bias_index=index, scale=module.scale, activation=name or "none"
     ).flatten(2)
-    return linear_norm(ln, act(out) if name is None else out, residual=residual)
+    if not plain:
+        return finish(proj(out), residual=residual)
+    return linear_norm(proj._modules["ln"], act(out) if name is None else out, residual=residual)
