@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -34,7 +35,7 @@ def differentiable_once(backward: str) -> None:
 
 
 def activation_code(op: str, name: str) -> int:
-    if name not in ACTIVATIONS:
+    if not isinstance(name, str) or name not in ACTIVATIONS:
         raise ValueError(f"{op}: activation must be one of {', '.join(ACTIVATIONS)}, got {name!r}")
     return ACTIVATION_NAMES.index(name)
 
@@ -87,11 +88,41 @@ def check_int(op: str, name: str, value: object, low: int, high: int = LARGEST) 
         raise ValueError(f"{op}: {name} must be in [{low}, {high}], got {value}")
 
 
+def check_flag(op: str, name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{op}: {name} must be a bool, got {type(value).__name__}")
+
+
+def unpack_norm(op: str, norm: object) -> tuple[Tensor | None, Tensor | None, float]:
+    """(weight, bias, eps) of a LayerNorm, or nothing; the caller checks the tensors."""
+    if norm is None:
+        return None, None, 0.0
+    if not isinstance(norm, (tuple, list)) or len(norm) != 3:
+        got = f"{len(norm)} values" if isinstance(norm, (tuple, list)) else type(norm).__name__
+        raise ValueError(f"{op}: norm must be (weight, bias or None, eps), got {got}")
+    weight, bias, eps = norm
+    check_tensor(op, "norm weight", weight, 1)
+    check_eps(op, "norm eps", eps)
+    return weight, bias, eps
+
+
+def check_eps(op: str, name: str, eps: object) -> None:
+    if not isinstance(eps, (int, float)) or isinstance(eps, bool):
+        raise TypeError(f"{op}: {name} must be a number, got {type(eps).__name__}")
+    if not (math.isfinite(eps) and eps >= 0):
+        raise ValueError(f"{op}: {name} must be finite and not negative, got {eps}")
+
+
+def is_autocast_on(x: object) -> bool:
+    """Whether autocast is on for x's device; meta, which knows none, answers no."""
+    device = x.device.type if isinstance(x, Tensor) else "cpu"
+    return device != "meta" and torch.is_autocast_enabled(device)
+
+
 def autocast(x: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
     """Under autocast, fp32 tensors in autocast's dtype (as torch's own matrix products take them)."""
-    device = x.device.type
-    if not torch.is_autocast_enabled(device):
+    if not is_autocast_on(x):
         return (x, *others)
-    dtype = torch.get_autocast_dtype(device)
+    dtype = torch.get_autocast_dtype(x.device.type)
     wide = (torch.float32, torch.float16, torch.bfloat16)
     return tuple(t.to(dtype) if t is not None and t.dtype in wide else t for t in (x, *others))

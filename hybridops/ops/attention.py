@@ -23,6 +23,7 @@ from ._contract import (
     check_shape,
     check_tensor,
     differentiable_once,
+    is_autocast_on,
     library,
 )
 
@@ -115,7 +116,7 @@ def attention(
     Raises ValueError for shapes that do not fit, TypeError for dtypes, IndexError for a bias_index outside the table.
     """
     code = activation_code("attention", activation)
-    if torch.is_autocast_enabled(q.device.type if isinstance(q, Tensor) else "cpu"):
+    if is_autocast_on(q):
         q, k, v, bias = autocast(q, k, v, bias)
     check_tensor("attention", "q", q, 4)
     check_tensor("attention", "k", k, 4, like=q)
@@ -140,8 +141,15 @@ def attention(
     if not math.isfinite(scale):
         raise ValueError(f"attention: scale must be finite, got {scale}")
     if backend.which("attention", q) == "reference":
+        if bias_index is not None:
+            _check_range(bias, bias_index)
         return attention_reference(q, k, v, bias, bias_index, key_padding_mask, scale, code)
-    return _forward(q, k, v, bias, bias_index, key_padding_mask, float(scale), code)[0]
+    try:
+        return _forward(q, k, v, bias, bias_index, key_padding_mask, float(scale), code)[0]
+    except RuntimeError:  # the kernel looks at every index as it reads it; asking first would cost 30 us a call
+        if bias_index is not None:
+            _check_range(bias, bias_index)
+        raise
 
 
 def _check_bias(bias, q, expected):
@@ -165,3 +173,11 @@ def _check_index(bias, bias_index, q, expected):
         raise TypeError("attention: bias_index must be an int64 or int32 tensor")
     check_shape("attention", "bias_index", bias_index, (Nq, Nk))
     return bias_index
+
+
+def _check_range(table, bias_index):
+    if torch.compiler.is_compiling() or bias_index.is_meta or bias_index.numel() == 0:
+        return
+    low, high = (int(x) for x in bias_index.aminmax())
+    if low < 0 or high >= table.shape[1]:
+        raise IndexError(f"attention: bias_index must be in [0, {table.shape[1]}), got {low} to {high}")

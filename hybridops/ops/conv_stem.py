@@ -22,10 +22,12 @@ from ._contract import (
     activation_backward,
     activation_code,
     autocast,
+    check_eps,
     check_int,
     check_shape,
     check_tensor,
     differentiable_once,
+    is_autocast_on,
     library,
 )
 from .linear import pack_linear
@@ -224,12 +226,14 @@ def conv_stem(
     """
     if layout not in ("tokens", "image"):
         raise ValueError(f"conv_stem: layout must be 'tokens' or 'image', got {layout!r}")
+    if not isinstance(layers, (tuple, list)) or not all(isinstance(x, ConvLayer) for x in layers):
+        raise TypeError("conv_stem: layers must be a list of ConvLayer")
     if not layers:
         raise ValueError("conv_stem: layers must hold at least one ConvLayer, got none")
     if not isinstance(image, Tensor):
         raise TypeError(f"conv_stem: image must be a Tensor, got {type(image).__name__}")
     first = layers[0].weight
-    if torch.is_autocast_enabled(image.device.type):
+    if is_autocast_on(image):
         layers = [_autocast_layer(layer) for layer in layers]
         first = layers[0].weight
         image = image if image.dtype == torch.uint8 else image.to(first.dtype)
@@ -237,6 +241,8 @@ def conv_stem(
         check_tensor("conv_stem", "image", image, 4, like=first if isinstance(first, Tensor) else None)
     elif image.ndim != 4:
         raise ValueError(f"conv_stem: image must have 4 dimensions, got shape {tuple(image.shape)}")
+    elif isinstance(first, Tensor) and image.device != first.device:
+        raise ValueError(f"conv_stem: image must be on {first.device} like the weights, got {image.device}")
     size, channels, plan = tuple(image.shape[2:]), image.shape[1], []
     for i, layer in enumerate(layers):
         plan.append(_check_layer(f"layer {i}", layer, first, channels, size))
@@ -245,6 +251,8 @@ def conv_stem(
         _check_fits(f"layer {i}", size, image)
     pooling = None
     if pool is not None:
+        if not isinstance(pool, MaxPool):
+            raise TypeError(f"conv_stem: pool must be a MaxPool, got {type(pool).__name__}")
         check_int("conv_stem", "pool kernel", pool.kernel, 1)
         check_int("conv_stem", "pool stride", pool.stride, 1)
         kernel = (pool.kernel, pool.kernel)
@@ -291,9 +299,14 @@ def _check_layer(name, layer, first, channels, size):
     out = weight.shape[:1]
     vectors = {"bias": bias}
     if layer.affine is not None:
+        if not isinstance(layer.affine, (tuple, list)) or len(layer.affine) != 2:
+            raise ValueError(f"{op}: {name} affine must be (scale, shift)")
         vectors |= {"affine scale": layer.affine[0], "affine shift": layer.affine[1]}
     if layer.group_norm is not None:
-        groups, norm_weight, norm_bias, _ = layer.group_norm
+        if not isinstance(layer.group_norm, (tuple, list)) or len(layer.group_norm) != 4:
+            raise ValueError(f"{op}: {name} group_norm must be (groups, weight, bias, eps)")
+        groups, norm_weight, norm_bias, eps = layer.group_norm
+        check_eps(op, f"{name} group_norm eps", eps)
         check_int(op, f"{name} group_norm groups", groups, 1)
         if out[0] % groups:
             raise ValueError(f"{op}: {name} group_norm groups must divide {out[0]} channels, got {groups}")
@@ -302,6 +315,8 @@ def _check_layer(name, layer, first, channels, size):
         if vector is not None:
             check_tensor(op, f"{name} {what}", vector, 1, like=first)
             check_shape(op, f"{name} {what}", vector, tuple(out))
+    if layer.packed is not None:
+        check_tensor(op, f"{name} packed", layer.packed, None)
     padding = resolve_padding(op, padding, tuple(weight.shape[2:]), stride, size)
     return weight, bias, stride, padding, activation_code(op, layer.activation), layer.group_norm, layer.affine
 

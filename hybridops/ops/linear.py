@@ -21,7 +21,9 @@ from ._contract import (
     check_shape,
     check_tensor,
     differentiable_once,
+    is_autocast_on,
     library,
+    unpack_norm,
 )
 
 
@@ -109,8 +111,8 @@ def linear(
     Raises ValueError for shapes that do not fit and unknown activations, TypeError for dtypes.
     """
     code = activation_code("linear", activation)
-    norm_weight, norm_bias, eps = norm if norm is not None else (None, None, 0.0)
-    if torch.is_autocast_enabled(x.device.type if isinstance(x, Tensor) else "cpu"):
+    norm_weight, norm_bias, eps = unpack_norm("linear", norm)
+    if is_autocast_on(x):
         given = weight
         x, weight, bias, norm_weight, norm_bias, residual = autocast(x, weight, bias, norm_weight, norm_bias, residual)
         packed = packed if weight is given else None  # it packs the weight as it was
@@ -130,6 +132,8 @@ def linear(
         if norm_bias is not None:
             check_tensor("linear", "norm bias", norm_bias, 1, like=x)
             check_shape("linear", "norm bias", norm_bias, (K,))
+    if packed is not None:
+        check_tensor("linear", "packed", packed, None)
     if residual is not None:
         check_tensor("linear", "residual", residual, x.ndim, like=x)
         check_shape("linear", "residual", residual, (*x.shape[:-1], N))

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import backend
-from ._contract import autocast, check_int, check_shape, check_tensor, library
+from ._contract import autocast, check_int, check_shape, check_tensor, is_autocast_on, library, unpack_norm
 from .conv_stem import conv_backward, conv_reference, output_size, pack_conv, resolve_padding
 from .linear import pack_linear
 
@@ -121,8 +121,8 @@ def patch_embed(
     op = "patch_embed"
     if not isinstance(image, Tensor):
         raise TypeError(f"{op}: image must be a Tensor, got {type(image).__name__}")
-    norm_weight, norm_bias, eps = norm if norm is not None else (None, None, 0.0)
-    if torch.is_autocast_enabled(image.device.type):
+    norm_weight, norm_bias, eps = unpack_norm(op, norm)
+    if is_autocast_on(image):
         weight, bias, norm_weight, norm_bias, pos_embed, prefix = autocast(
             weight, bias, norm_weight, norm_bias, pos_embed, prefix
         )
@@ -133,6 +133,8 @@ def patch_embed(
         check_tensor(op, "image", image, 4, like=weight)
     elif image.ndim != 4:
         raise ValueError(f"{op}: image must have 4 dimensions, got shape {tuple(image.shape)}")
+    elif image.device != weight.device:
+        raise ValueError(f"{op}: image must be on {weight.device} like weight, got {image.device}")
     C, Ci, *kernel = weight.shape
     if image.shape[1] != Ci or 0 in kernel:
         raise ValueError(f"{op}: weight must be (C, {image.shape[1]}, Kh, Kw), got {tuple(weight.shape)}")
@@ -149,6 +151,8 @@ def patch_embed(
     prefix = _rows(op, "prefix", prefix, weight, None)
     P = 0 if prefix is None else prefix.shape[0]
     pos_embed = _rows(op, "pos_embed", pos_embed, weight, (Ho * Wo, P + Ho * Wo))
+    if packed is not None:
+        check_tensor(op, "packed", packed, None)
     if (mean is None) != (std is None):
         raise ValueError(f"{op}: mean and std come together, got only one")
     if mean is not None:

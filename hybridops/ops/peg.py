@@ -19,10 +19,12 @@ from ._contract import (
     activation_backward,
     activation_code,
     autocast,
+    check_flag,
     check_int,
     check_shape,
     check_tensor,
     differentiable_once,
+    is_autocast_on,
     library,
 )
 
@@ -128,7 +130,7 @@ def peg(
     Raises ValueError for shapes that do not fit, TypeError for dtypes and for anything but ints where ints belong.
     """
     code = activation_code("peg", activation)
-    if torch.is_autocast_enabled(x.device.type if isinstance(x, Tensor) else "cpu"):
+    if is_autocast_on(x):
         x, weight, bias = autocast(x, weight, bias)
     check_tensor("peg", "x", x, 3)
     check_tensor("peg", "weight", weight, 4, like=x)
@@ -143,6 +145,8 @@ def peg(
         raise ValueError(f"peg: x must be (B, {prefix} + {H}*{W}, C), got {tuple(x.shape)}")
     if weight.shape != (C, 1, K, K) or K == 0:
         raise ValueError(f"peg: weight must be ({C}, 1, K, K), got {tuple(weight.shape)}")
+    check_flag("peg", "residual", residual)
+    check_flag("peg", "gate", gate)
     padding = K // 2 if padding is None else padding
     check_int("peg", "padding", padding, 0)
     if bias is not None:
