@@ -169,7 +169,7 @@ std::tuple<Tensor, Tensor> attention(Tensor q, Tensor k, Tensor v, std::optional
   const std::optional<Tensor> mask = contiguous(key_padding_mask);
   Scratch shared;
   const Bias biases(shared, bias, bias_index, mask, H, Nq, Nk);
-  const int64_t block = simd::query_block(), blocks = divide_up(Nq, block);
+  const int64_t block = simd::query_block(Nq), blocks = divide_up(Nq, block);
   void* y = out.mutable_data_ptr();
   auto* sums = (float*)lse.mutable_data_ptr();
 
@@ -254,7 +254,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(Tensor dy, Tensor 
       const Bias& biases;
       int64_t b, h;
       float* buffer;
-    } context{biases, b, h, biases.form == Bias::kNoBias ? nullptr : scratch.take(simd::query_block() * Nk)};
+    } context{biases, b, h, biases.form == Bias::kNoBias ? nullptr : scratch.take(simd::query_block(Nq) * Nk)};
     BiasRows source{nullptr, &context};
     if (biases.form != Bias::kNoBias)
       source.rows = [](const void* c, int64_t begin, int64_t rows, int64_t* stride) {

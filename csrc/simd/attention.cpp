@@ -10,7 +10,7 @@ namespace hybridops::simd {
 inline namespace HYBRIDOPS_SIMD {
 namespace {
 
-constexpr int64_t kQueryBlock = 48;  // a multiple of every row tile; 48 x 577 scores stay in a 512 KB L2
+constexpr int64_t kQueryBlock = 64;  // at most: 64 x 577 scores stay in a 512 KB L2
 
 HYBRIDOPS_INLINE int64_t round_up(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
 
@@ -94,7 +94,11 @@ void multiply_all(const float* a, int64_t stride, int64_t length, int64_t rows, 
 }  // namespace
 }  // namespace HYBRIDOPS_SIMD
 
-int64_t query_block() { return kQueryBlock; }
+int64_t query_block(int64_t Nq) {
+  // Equal blocks, so that no block is left with a few rows: 49 tokens are one block, 197 are 50 + 50 + 50 + 47.
+  const int64_t blocks = (Nq + kQueryBlock - 1) / kQueryBlock;
+  return blocks ? (Nq + blocks - 1) / blocks : 1;
+}
 int64_t score_stride(int64_t Nk) { return skewed(Nk); }
 int64_t packed_head_floats(const Head& h) { return packed_floats(h.Nk, h.D) + packed_floats(h.Dv, h.Nk); }
 
@@ -157,8 +161,8 @@ void attention_backward(const Head& h, HeadRows q, HeadRows k, HeadRows v, HeadR
     std::fill(dk, dk + h.Nk * h.D, 0.0f);
     std::fill(dv, dv + h.Nk * h.Dv, 0.0f);
   }
-  for (int64_t begin = 0; begin < h.Nq; begin += kQueryBlock) {
-    const int64_t rows = std::min(kQueryBlock, h.Nq - begin);
+  for (int64_t begin = 0, block = query_block(h.Nq); begin < h.Nq; begin += block) {
+    const int64_t rows = std::min(block, h.Nq - begin);
     scaled_queries(from(q, begin), rows, h.D, h.scale, queries);
     to_float(from(dy, begin).data, dy.type, dy.stride, rows, h.Dv, gradients, h.Dv);
     to_float(from(out, begin).data, out.type, out.stride, rows, h.Dv, outputs, h.Dv);

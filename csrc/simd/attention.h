@@ -18,7 +18,7 @@ struct Head {
   float scale;
 };
 
-int64_t query_block();                // rows of a block
+int64_t query_block(int64_t Nq);      // rows of a block
 int64_t score_stride(int64_t Nk);     // numbers between rows of scores
 int64_t packed_head_floats(const Head& head);
 int64_t forward_scratch_floats(const Head& head);

@@ -1,6 +1,7 @@
 #include "product.h"
 
 #include <cmath>
+#include <type_traits>
 
 #include "activation.h"
 #include "tile.h"
@@ -122,7 +123,16 @@ void pack_panel(const T* source, int64_t stride_k, int64_t stride_n, int64_t K, 
       }
     return;
   }
-  for (int64_t n = 0; n < width; ++n) {
+  int64_t n = 0;
+  if constexpr (std::is_same_v<T, float>)
+    if (stride_k == 1)
+      for (; n + 8 <= columns; n += 8) {
+        int64_t k = 0;
+        for (; k + 8 <= K; k += 8) transpose8(source + n * stride_n + k, stride_n, panel + k * width + n, width);
+        for (; k < K; ++k)
+          for (int64_t i = n; i < n + 8; ++i) panel[k * width + i] = source[i * stride_n + k];
+      }
+  for (; n < width; ++n) {
     const T* column = source + n * stride_n;
     for (int64_t k = 0; k < K; ++k) panel[k * width + n] = n < columns ? to_float(column[k * stride_k]) : 0.0f;
   }

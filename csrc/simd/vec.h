@@ -32,6 +32,12 @@ constexpr int kLanes = HYBRIDOPS_LANES;
 using Vec = float __attribute__((vector_size(kLanes * 4)));
 using VecInt = int32_t __attribute__((vector_size(kLanes * 4)));
 using BFloat16 = uint16_t;
+#if HYBRIDOPS_LANES == 16
+union Halves {
+  Vec whole;
+  __m256 half[2];
+};
+#endif
 
 #define HYBRIDOPS_INLINE inline __attribute__((always_inline))
 
@@ -82,10 +88,6 @@ HYBRIDOPS_INLINE void store(BFloat16* p, Vec x) {
 
 #else  // 16 lanes as two AVX2 halves
 
-union Halves {
-  Vec whole;
-  __m256 half[2];
-};
 HYBRIDOPS_INLINE Vec join(__m256 low, __m256 high) { return Halves{.half = {low, high}}.whole; }
 
 HYBRIDOPS_INLINE Vec load(const float* p) { return join(_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)); }
@@ -155,19 +157,48 @@ HYBRIDOPS_INLINE float to_float(BFloat16 x) {
 HYBRIDOPS_INLINE Vec max(Vec a, Vec b) { return a > b ? a : b; }
 HYBRIDOPS_INLINE Vec min(Vec a, Vec b) { return a < b ? a : b; }
 
+// Sum and maximum over the lanes: halves folded onto each other.
+HYBRIDOPS_INLINE float sum8(__m256 x) {
+  __m128 y = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+  y = _mm_add_ps(y, _mm_movehl_ps(y, y));
+  return _mm_cvtss_f32(_mm_add_ss(y, _mm_movehdup_ps(y)));
+}
+HYBRIDOPS_INLINE float largest8(__m256 x) {
+  __m128 y = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+  y = _mm_max_ps(y, _mm_movehl_ps(y, y));
+  return _mm_cvtss_f32(_mm_max_ss(y, _mm_movehdup_ps(y)));
+}
+#if HYBRIDOPS_LANES == 16
 HYBRIDOPS_INLINE float sum(Vec x) {
-  float lane[kLanes];
-  store(lane, x);
-  for (int width = kLanes / 2; width > 0; width /= 2)
-    for (int i = 0; i < width; ++i) lane[i] += lane[i + width];
-  return lane[0];
+  const Halves h{x};
+  return sum8(_mm256_add_ps(h.half[0], h.half[1]));
 }
 HYBRIDOPS_INLINE float largest(Vec x) {
-  float lane[kLanes];
-  store(lane, x);
-  for (int width = kLanes / 2; width > 0; width /= 2)
-    for (int i = 0; i < width; ++i) lane[i] = lane[i] > lane[i + width] ? lane[i] : lane[i + width];
-  return lane[0];
+  const Halves h{x};
+  return largest8(_mm256_max_ps(h.half[0], h.half[1]));
+}
+#else
+HYBRIDOPS_INLINE float sum(Vec x) { return sum8((__m256)x); }
+HYBRIDOPS_INLINE float largest(Vec x) { return largest8((__m256)x); }
+#endif
+
+// 8 x 8 numbers: row i of `from` becomes column i of `to`.
+HYBRIDOPS_INLINE void transpose8(const float* from, int64_t stride_from, float* to, int64_t stride_to) {
+  __m256 a[8], b[8];
+  for (int i = 0; i < 8; ++i) a[i] = _mm256_loadu_ps(from + i * stride_from);
+  for (int i = 0; i < 8; i += 2) {
+    b[i] = _mm256_unpacklo_ps(a[i], a[i + 1]);
+    b[i + 1] = _mm256_unpackhi_ps(a[i], a[i + 1]);
+  }
+  for (int i = 0; i < 8; i += 4)
+    for (int j = 0; j < 2; ++j) {
+      a[i + 2 * j] = _mm256_shuffle_ps(b[i + j], b[i + 2 + j], 0x44);
+      a[i + 2 * j + 1] = _mm256_shuffle_ps(b[i + j], b[i + 2 + j], 0xee);
+    }
+  for (int i = 0; i < 4; ++i) {
+    _mm256_storeu_ps(to + i * stride_to, _mm256_permute2f128_ps(a[i], a[i + 4], 0x20));
+    _mm256_storeu_ps(to + (i + 4) * stride_to, _mm256_permute2f128_ps(a[i], a[i + 4], 0x31));
+  }
 }
 
 // exp(x), about 1 ulp: x = n ln2 + r, degree-6 polynomial in r, n added to the exponent bits. 0 below -87.3,
