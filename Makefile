@@ -50,7 +50,7 @@ emulated512: venv ## build build/_cpu_emulated512.so: the AVX-512 sources on AVX
 wheel: venv ## build the sdist, and the wheel from it, into dist/
 	$(BIN)/python -m build --no-isolation
 
-abi-check: venv ## prove that one binary serves torch $(TORCH) and 2.11.0 (downloads that torch)
+abi-check: venv ## prove that one binary serves this torch and 2.11.0 (downloads the latter)
 	PYTHON=$(BIN)/python tests/abi_check.sh
 
 clean: ## remove what was built, but keep .venv
