@@ -77,6 +77,8 @@ class Plan:
 
     def intact(self) -> bool:
         """Whether the children may be bypassed: none hooked, replaced, or overridden since."""
+        if torch.compiler.is_compiling():
+            return self._intact_in_graph()
         if any(self._hooks) or any(_GLOBAL_HOOKS):
             return False
         if torch.is_grad_enabled() and (any(self._backward_hooks) or any(_GLOBAL_BACKWARD_HOOKS)):
@@ -94,12 +96,17 @@ class Plan:
         Not while any part trains (dropout alone, say), nor under autocast, which keeps norms and
         sums in fp32.
         """
-        return (
-            self.fold
-            and not module.training
-            and not any(map(_training, self._children))
-            and not torch.is_autocast_enabled(x.device.type)
-            and self.intact()
+        if not self.fold or module.training or torch.is_autocast_enabled(x.device.type):
+            return False
+        if torch.compiler.is_compiling():
+            return self._intact_in_graph() and not any(c.training for c in self._children)
+        return not any(map(_training, self._children)) and self.intact()
+
+    def _intact_in_graph(self) -> bool:
+        """intact() in words that torch.compile can read."""
+        return not any(
+            c._forward_hooks or c._forward_pre_hooks or "forward" in c.__dict__
+            for c in self._children
         )
 
     def derived(self, module: Any, x: Tensor) -> Any:
