@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -194,6 +195,8 @@ def test_a_hub_that_does_not_answer_costs_seconds(tmp_path, monkeypatch):
     silent.close()
 
 
+BUILT = any(Path(hybridops.__file__).parent.glob("_cpu_*.so"))
+CHOICES = ("HYBRIDOPS_LIBRARY", "ATEN_CPU_CAPABILITY")
 STATES = {
     "present": {},
     "absent": {"HYBRIDOPS_LIBRARY": "none"},
@@ -203,21 +206,23 @@ STATES = {
 
 
 @pytest.mark.parametrize("state", STATES)
-def test_doctor_tells_the_truth(state):
+def test_doctor_tells_the_truth(state, monkeypatch):
+    for name in CHOICES:  # whatever this run was started with
+        monkeypatch.delenv(name, raising=False)
     done = in_new_process("-m", "hybridops", "doctor", "--json", **STATES[state])
     findings = json.loads(done.stdout)
     library, cells = findings["library"], findings["ops"]
     assert set(cells) == {"attention", "peg", "patch_embed", "conv_stem", "linear"}
     served = {cells[op][dtype]["backend"] for op in cells for dtype in ("float32", "bfloat16")}
     assert {cells[op]["float64"]["backend"] for op in cells} == {"reference"}
-    if state in ("absent", "default") or backend.ISA is None:
+    if state in ("absent", "default") or not BUILT:
         assert library["isa"] is None
         assert library["path"] is None
         assert served == {"reference"}
         assert done.returncode == 1
         assert any(library["why_none"] in line or "C++" in line for line in findings["advice"])
     else:
-        assert library["isa"] == ("avx2" if state == "avx2" else backend.ISA)
+        assert library["isa"] in (("avx2",) if state == "avx2" else ("avx2", "avx512"))
         assert os.path.isfile(library["path"])
         assert served == {"cpu"}
         assert done.returncode == 0

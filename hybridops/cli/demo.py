@@ -16,7 +16,7 @@ from hybridops import backend
 from . import UserError
 from .doctor import cpu_name, is_amd
 from .images import open_photographs, sample_photographs
-from .measure import Comparison, compare
+from .measure import Comparison, compare, thread_count
 from .models import Hub, Loaded, class_name, load, resolve
 
 MODELS = ("timm:levit_256", "hybridops:cpvt_tiny", "timm:twins_svt_small")
@@ -95,10 +95,7 @@ def machine() -> str:
     """CPU, torch, threads and our library, in one line."""
     library = f"{backend.ISA} library" if backend.ISA else "no C++ library"
     capability = torch.backends.cpu.get_cpu_capability()
-    return (
-        f"{cpu_name()}, torch {torch.__version__} ({capability}), "
-        f"{torch.get_num_threads()} threads, {library}"
-    )
+    return f"{cpu_name()}, torch {torch.__version__} ({capability}), {thread_count()}, {library}"
 
 
 def honesty() -> list[str]:

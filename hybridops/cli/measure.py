@@ -113,6 +113,11 @@ def model_dtype(model: nn.Module) -> torch.dtype:
     return next(p.dtype for p in model.parameters() if p.is_floating_point())
 
 
+def thread_count() -> str:
+    count = torch.get_num_threads()
+    return f"{count} thread{'s' * (count != 1)}"
+
+
 def _logits(model: nn.Module, x: Tensor) -> Tensor:
     y = model(x)
     if not isinstance(y, Tensor) or y.ndim != 2:

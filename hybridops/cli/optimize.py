@@ -10,7 +10,7 @@ import hybridops
 
 from . import UserError
 from .images import open_photographs
-from .measure import compare
+from .measure import compare, thread_count
 from .models import Hub, class_name, load, resolve
 
 
@@ -21,7 +21,7 @@ def run(arguments: argparse.Namespace) -> int:
     loaded = load(f"{source}:{name}", Hub(arguments.download_seconds), photographs)
     dtype = torch.float32 if arguments.dtype == "fp32" else torch.bfloat16
     model = loaded.model.to(dtype)
-    print(f"{name}: {loaded.detail}, {arguments.dtype}, {torch.get_num_threads()} threads")
+    print(f"{name}: {loaded.detail}, {arguments.dtype}, {thread_count()}")
     batches = [image.to(dtype) for image in loaded.images]
     if arguments.batch:
         batches = [torch.cat(batches)]
