@@ -153,7 +153,8 @@ def peg(
         check_tensor("peg", "bias", bias, 1, like=x)
         check_shape("peg", "bias", bias, (C,))
     Ho, Wo = output_size(H, K, stride, padding), output_size(W, K, stride, padding)
-    if Ho < 0 or Wo < 0 or (Ho * Wo == 0) != (H * W == 0):  # an empty grid stays empty
+    fits = (Ho == 0 or Wo == 0) if H == 0 or W == 0 else (Ho > 0 and Wo > 0)  # an empty grid stays empty
+    if Ho < 0 or Wo < 0 or not fits:
         raise ValueError(f"peg: a {K}x{K} kernel with padding {padding} does not fit the {H}x{W} grid")
     if (residual or gate) and (Ho, Wo) != (H, W):
         raise ValueError(
