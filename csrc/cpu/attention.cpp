@@ -1,9 +1,7 @@
 // hybridops::attention: see hybridops/ops/attention.py for the meaning.
-#include "../simd/attention.h"
+#include "attention.h"
 
 #include <cmath>
-
-#include "common.h"
 
 namespace hybridops {
 namespace {
@@ -13,22 +11,19 @@ using simd::Head;
 using simd::HeadRows;
 using simd::Type;
 
-// A tensor (B, N, H, D) by heads: any strides, but the numbers of a row side by side.
-struct Heads {
+// A tensor as Heads; copied only where the numbers of a row are not side by side.
+struct TensorHeads : Heads {
   Tensor tensor;
-  Type type;
-  int64_t N, D, stride_b, stride_n, stride_h;
 
-  explicit Heads(const Tensor& x) : tensor(x), type(type_of(x)) {
+  explicit TensorHeads(const Tensor& x) : tensor(x) {
     if (x.size(3) != 1 && x.stride(3) != 1) tensor = torch::stable::contiguous(x);
+    data = tensor.const_data_ptr();
+    type = type_of(x);
     N = tensor.size(1);
     D = tensor.size(3);
     stride_b = tensor.stride(0);
     stride_n = tensor.stride(1);
     stride_h = tensor.stride(2);
-  }
-  HeadRows head(int64_t b, int64_t h) const {
-    return {offset(tensor.const_data_ptr(), type, b * stride_b + h * stride_h), type, stride_n};
   }
 };
 
@@ -42,7 +37,7 @@ struct Bias {
   const bool* padding = nullptr;
 
   Bias(Scratch& scratch, const std::optional<Tensor>& bias, const std::optional<Tensor>& bias_index,
-       const std::optional<Tensor>& mask, int64_t H, int64_t Nq, int64_t keys)
+       const std::optional<Tensor>& mask, int64_t B, int64_t H, int64_t Nq, int64_t keys)
       : Nk(keys) {
     if (!bias.has_value()) return;
     type = type_of(*bias);
@@ -50,7 +45,8 @@ struct Bias {
     if (mask.has_value()) padding = (const bool*)mask->const_data_ptr();
     if (bias_index.has_value()) {
       form = kTable;
-      STD_TORCH_CHECK(bias->dim() == 2 && bias->size(0) == H && bias_index->numel() == Nq * Nk,
+      STD_TORCH_CHECK(bias->is_cpu() && bias_index->is_cpu() && bias->dim() == 2 && bias->size(0) == H &&
+                          bias_index->dim() == 2 && bias_index->size(0) == Nq && bias_index->size(1) == Nk,
                       "attention: bias table and index do not fit");
       table_size = bias->size(1);
       stride_h = table_size;
@@ -63,7 +59,9 @@ struct Bias {
       index = indices(scratch, *bias_index);
     } else {
       form = kDense;
-      STD_TORCH_CHECK(bias->dim() == 4, "attention: bias must have 4 dimensions");
+      const auto fits = [&](int64_t d, int64_t n) { return bias->size(d) == 1 || bias->size(d) == n; };
+      STD_TORCH_CHECK(bias->is_cpu() && bias->dim() == 4 && fits(0, B) && fits(1, H) && fits(2, Nq) && fits(3, Nk),
+                      "attention: bias does not broadcast to the scores");
       const auto stride = [&](int64_t d) { return bias->size(d) == 1 ? 0 : bias->stride(d); };
       stride_b = stride(0), stride_h = stride(1), stride_i = stride(2), stride_j = stride(3);
     }
@@ -150,7 +148,9 @@ void check(const Tensor& q, const Tensor& k, const Tensor& v, const std::optiona
                       k.size(2) == q.size(2) && v.size(2) == q.size(2) && k.size(3) == q.size(3),
                   "attention: q, k and v do not fit");
   STD_TORCH_CHECK(type_of(k) == type_of(q) && type_of(v) == type_of(q), "attention: dtypes differ");
-  STD_TORCH_CHECK(!mask.has_value() || mask->numel() == k.size(0) * k.size(1),
+  STD_TORCH_CHECK(k.is_cpu() && v.is_cpu(), "attention: k and v must be on the CPU like q");
+  STD_TORCH_CHECK(!mask.has_value() || (mask->is_cpu() && mask->scalar_type() == ScalarType::Bool &&
+                                        mask->dim() == 2 && mask->size(0) == k.size(0) && mask->size(1) == k.size(1)),
                   "attention: key_padding_mask does not fit");
 }
 
@@ -162,42 +162,13 @@ std::tuple<Tensor, Tensor> attention(Tensor q, Tensor k, Tensor v, std::optional
                                      std::optional<Tensor> bias_index, std::optional<Tensor> key_padding_mask,
                                      double scale, int64_t activation) {
   check(q, k, v, key_padding_mask);
-  const int64_t B = q.size(0), Nq = q.size(1), H = q.size(2), Nk = k.size(1), D = q.size(3), Dv = v.size(3);
+  const int64_t B = q.size(0), Nq = q.size(1), H = q.size(2), Dv = v.size(3);
   Tensor out = empty({B, Nq, H, Dv}, q.scalar_type()), lse = empty({B, H, Nq}, ScalarType::Float);
   if (lse.numel() == 0) return {out, lse};
-  const Heads queries(q), keys(k), values(v);
-  const std::optional<Tensor> mask = contiguous(key_padding_mask);
-  Scratch shared;
-  const Bias biases(shared, bias, bias_index, mask, H, Nq, Nk);
-  const int64_t block = simd::query_block(Nq), blocks = divide_up(Nq, block);
-  void* y = out.mutable_data_ptr();
-  auto* sums = (float*)lse.mutable_data_ptr();
-
-  // Tasks of one head lie side by side, so a thread packs that head's keys and values once.
-  parallel(B * H * blocks, [&](int64_t begin, int64_t end) {
-    for (int64_t t = begin; t < end;) {
-      const int64_t b = t / blocks / H, h = t / blocks % H;
-      Scratch scratch;
-      const Keys taking(mask, bias.has_value(), b, Nk);
-      const Head head{Nq, taking.count, D, Dv, (float)scale};
-      float* packed = scratch.take(simd::packed_head_floats(head));
-      simd::pack_head(head, taking.gather(scratch, keys.head(b, h), D), taking.gather(scratch, values.head(b, h), Dv),
-                      packed);
-      float* work = scratch.take(simd::forward_scratch_floats(head));
-      float* bias_buffer = biases.form == Bias::kNoBias || biases.in_place() ? nullptr : scratch.take(block * Nk);
-      for (; t < end && t / blocks == b * H + h; ++t) {
-        const int64_t i = t % blocks * block, rows = std::min(block, Nq - i);
-        int64_t bias_stride = 0;
-        const float* bias_rows = biases.rows(b, h, i, rows, bias_buffer, &bias_stride);
-        simd::attention_forward(head, queries.head(b, h), i, rows, packed, bias_rows, bias_stride, activation,
-                                offset(y, queries.type, ((b * Nq + i) * H + h) * Dv), H * Dv,
-                                sums + (b * H + h) * Nq + i, work);
-      }
-    }
-  });
+  attend(TensorHeads(q), TensorHeads(k), TensorHeads(v), B, H, bias, bias_index, key_padding_mask, scale, activation,
+         out.mutable_data_ptr(), (float*)lse.mutable_data_ptr());
   return {out, lse};
 }
-
 // Sums dbias (Bb, H, Nq, Nk) over what the bias was broadcast along, or into its table; a fixed order throughout.
 Tensor reduce_bias(const Tensor& full, const Tensor& bias, const Bias& form, int64_t H, int64_t Nq) {
   const int64_t Nk = form.Nk, Bb = full.size(0);
@@ -230,14 +201,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(Tensor dy, Tensor 
   const int64_t B = q.size(0), Nq = q.size(1), H = q.size(2), Nk = k.size(1), D = q.size(3), Dv = v.size(3);
   const ScalarType dtype = q.scalar_type();
   Tensor dq = empty({B, Nq, H, D}, dtype), dk = empty({B, Nk, H, D}, dtype), dv = empty({B, Nk, H, Dv}, dtype);
-  const Heads queries(q), keys(k), values(v), gradients(dy), outputs(out);
+  const TensorHeads queries(q), keys(k), values(v), gradients(dy), outputs(out);
   STD_TORCH_CHECK(gradients.type == queries.type && outputs.type == queries.type &&
                       dy.numel() == B * Nq * H * Dv && out.numel() == dy.numel() && lse.numel() == B * H * Nq,
                   "attention_backward: dy, out and lse do not fit q, k and v");
   const std::optional<Tensor> mask = contiguous(key_padding_mask);
   const Tensor sums = torch::stable::contiguous(lse);
   Scratch shared;
-  const Bias biases(shared, bias, bias_index, mask, H, Nq, Nk);
+  const Bias biases(shared, bias, bias_index, mask, B, H, Nq, Nk);
   const bool per_image = needs_dbias && !bias_index.has_value() && bias->size(0) > 1;
   Tensor full = empty({needs_dbias ? (per_image ? B : 1) : 0, H, Nq, Nk}, ScalarType::Float);
   auto* dbias = (float*)full.mutable_data_ptr();
@@ -285,6 +256,39 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(Tensor dy, Tensor 
 }
 
 }  // namespace
+
+void attend(const Heads& queries, const Heads& keys, const Heads& values, int64_t B, int64_t H,
+            const std::optional<Tensor>& bias, const std::optional<Tensor>& bias_index,
+            const std::optional<Tensor>& key_padding_mask, double scale, int64_t activation, void* y, float* sums) {
+  const int64_t Nq = queries.N, Nk = keys.N, D = queries.D, Dv = values.D;
+  const std::optional<Tensor> mask = contiguous(key_padding_mask);
+  Scratch shared;
+  const Bias biases(shared, bias, bias_index, mask, B, H, Nq, Nk);
+  const int64_t block = simd::query_block(Nq), blocks = divide_up(Nq, block);
+
+  // Tasks of one head lie side by side, so a thread packs that head's keys and values once.
+  parallel(B * H * blocks, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end;) {
+      const int64_t b = t / blocks / H, h = t / blocks % H;
+      Scratch scratch;
+      const Keys taking(mask, bias.has_value(), b, Nk);
+      const Head head{Nq, taking.count, D, Dv, (float)scale};
+      float* packed = scratch.take(simd::packed_head_floats(head));
+      simd::pack_head(head, taking.gather(scratch, keys.head(b, h), D), taking.gather(scratch, values.head(b, h), Dv),
+                      packed);
+      float* work = scratch.take(simd::forward_scratch_floats(head));
+      float* bias_buffer = biases.form == Bias::kNoBias || biases.in_place() ? nullptr : scratch.take(block * Nk);
+      for (; t < end && t / blocks == b * H + h; ++t) {
+        const int64_t i = t % blocks * block, rows = std::min(block, Nq - i);
+        int64_t bias_stride = 0;
+        const float* bias_rows = biases.rows(b, h, i, rows, bias_buffer, &bias_stride);
+        simd::attention_forward(head, queries.head(b, h), i, rows, packed, bias_rows, bias_stride, activation,
+                                offset(y, queries.type, ((b * Nq + i) * H + h) * Dv), H * Dv,
+                                sums + (b * H + h) * Nq + i, work);
+      }
+    }
+  });
+}
 
 STABLE_TORCH_LIBRARY_IMPL(hybridops, CPU, m) {
   m.impl("attention", TORCH_BOX(&attention));

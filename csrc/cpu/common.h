@@ -121,12 +121,23 @@ inline const float* floats(Scratch& scratch, const std::optional<Tensor>& x) {
   return y;
 }
 
+// The same for a vector that must have n numbers of a type.
+inline const float* vector_of(Scratch& scratch, const std::optional<Tensor>& x, int64_t n, simd::Type type) {
+  if (!x.has_value()) return nullptr;
+  STD_TORCH_CHECK(x->is_cpu() && x->dim() == 1 && x->size(0) == n && type_of(*x) == type,
+                  "hybridops: a bias or norm vector does not fit");
+  return floats(scratch, x);
+}
+
 // A tensor (..., n) as rows that lie a constant stride apart; copied only where its strides do not allow that.
 struct RowView {
   Tensor tensor;
   const void* data;
   simd::Type type;
   int64_t rows, n, stride;
+
+  // Rows of the caller's own, in scratch.
+  RowView(const float* x, int64_t M, int64_t K) : data(x), type(simd::Type::kFloat), rows(M), n(K), stride(K) {}
 
   explicit RowView(const Tensor& x) : tensor(x), type(type_of(x)) {
     if (!collapses(x)) tensor = torch::stable::contiguous(x);

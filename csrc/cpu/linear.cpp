@@ -3,7 +3,6 @@
 
 namespace hybridops {
 
-using simd::Output;
 using simd::plain_rows;
 using simd::Rows;
 using simd::Type;
@@ -60,33 +59,8 @@ void for_tasks(const Split& split, int64_t M, int64_t N, const F& f) {
   });
 }
 
-struct LinearArguments {
-  const RowView& x;
-  const float* packed;
-  int64_t N;
-  const float *norm_weight, *norm_bias;
-  float eps;
-};
-
-void run(const LinearArguments& a, const Output& output) {
-  const int64_t M = a.x.rows, K = a.x.n;
-  const bool in_place = a.x.type == Type::kFloat && !a.norm_weight;
-  if (in_place)
-    return product_parallel(Rows{(const float*)a.x.data, plain_rows(a.x.stride), K}, M, a.packed, a.N, output);
-  // LayerNorm, or a widening to fp32, of the rows that a task needs, in front of its products
-  for_tasks(Split(M, a.N, threads(), true), M, a.N, [&](int64_t row, int64_t row_end, int64_t panel, int64_t panel_end) {
-    Scratch scratch;
-    float* rows = scratch.take((row_end - row) * K);
-    const void* x = offset(a.x.data, a.x.type, row * a.x.stride);
-    if (a.norm_weight)
-      simd::layer_norm(x, a.x.type, a.x.stride, row_end - row, K, a.norm_weight, a.norm_bias, a.eps, rows, K);
-    else
-      simd::to_float(x, a.x.type, a.x.stride, row_end - row, K, rows, K);
-    Output part = output;
-    part.data = offset(output.data, output.type, row * output.grid.inner_stride);
-    if (output.residual) part.residual = offset(output.residual, output.type, row * output.residual_grid.inner_stride);
-    simd::product(Rows{rows, plain_rows(K), K}, 0, row_end - row, a.packed, a.N, panel, panel_end, part);
-  });
+bool same_sizes(const Tensor& a, const Tensor& b) {
+  return std::equal(a.sizes().begin(), a.sizes().end(), b.sizes().begin(), b.sizes().end());
 }
 
 Tensor linear(Tensor x, Tensor weight, std::optional<Tensor> bias, std::optional<Tensor> packed,
@@ -94,9 +68,6 @@ Tensor linear(Tensor x, Tensor weight, std::optional<Tensor> bias, std::optional
               std::optional<Tensor> residual, int64_t activation) {
   const int64_t N = weight.size(0), K = weight.size(1);
   STD_TORCH_CHECK(x.dim() >= 1 && x.size(x.dim() - 1) == K, "linear: x and weight do not fit");
-  STD_TORCH_CHECK(!bias.has_value() || bias->numel() == N, "linear: bias and weight do not fit");
-  STD_TORCH_CHECK(!norm_weight.has_value() || norm_weight->numel() == K, "linear: norm weight and weight do not fit");
-  STD_TORCH_CHECK(!norm_bias.has_value() || norm_bias->numel() == K, "linear: norm bias and weight do not fit");
   std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
   sizes.back() = N;
   Tensor y = empty(sizes, x.scalar_type());
@@ -106,24 +77,21 @@ Tensor linear(Tensor x, Tensor weight, std::optional<Tensor> bias, std::optional
   const RowView rows(x);
   STD_TORCH_CHECK(type_of(weight) == rows.type, "linear: x and weight differ in dtype");
   Output output{y.mutable_data_ptr(), rows.type, plain_rows(N)};
-  output.bias = floats(scratch, bias);
   output.activation = activation;
   std::optional<RowView> added;
   if (residual.has_value()) {
-    STD_TORCH_CHECK(residual->numel() == y.numel() && type_of(*residual) == rows.type, "linear: residual does not fit");
+    STD_TORCH_CHECK(residual->is_cpu() && same_sizes(*residual, y) && type_of(*residual) == rows.type,
+                    "linear: residual does not fit");
     added.emplace(*residual);
     output.residual = added->data;
     output.residual_grid = plain_rows(added->stride);
   }
-  const float* panels;
-  if (packed.has_value()) {
-    STD_TORCH_CHECK(packed->numel() == simd::packed_floats(N, K) && packed->scalar_type() == ScalarType::Float,
-                    "linear: packed is not pack_linear(weight)");
-    panels = (const float*)packed->const_data_ptr();
-  } else {
-    panels = pack_weight(scratch, weight.const_data_ptr(), rows.type, weight.stride(0), weight.stride(1), N, K);
-  }
-  run({rows, panels, N, floats(scratch, norm_weight), floats(scratch, norm_bias), (float)eps}, output);
+  LinearWeights weights{panels_of(scratch, weight, packed), N};
+  weights.bias = vector_of(scratch, bias, N, rows.type);
+  weights.norm_weight = vector_of(scratch, norm_weight, K, rows.type);
+  weights.norm_bias = vector_of(scratch, norm_bias, K, rows.type);
+  weights.eps = (float)eps;
+  linear_rows(rows, weights, output);
   return y;
 }
 
@@ -149,7 +117,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward(Tensor dy, Tensor x, Tensor w
     Scratch scratch;
     const float* panels =  // dx = dy @ weight: the weight's columns are the product's
         pack_weight(scratch, weight.const_data_ptr(), type_of(weight), weight.stride(1), weight.stride(0), K, N);
-    run({gradients, panels, K, nullptr, nullptr, 0.0f}, {dx.mutable_data_ptr(), type_of(dx), plain_rows(K)});
+    linear_rows(gradients, {panels, K}, {dx.mutable_data_ptr(), type_of(dx), plain_rows(K)});
   }
   weight_gradient(gradients, N, K, token_rows, &tokens, dweight, dbias);
   return {dx, dweight, dbias};
@@ -173,6 +141,39 @@ Tensor pack_linear(Tensor weight) {
 void product_parallel(const Rows& rows, int64_t M, const float* packed, int64_t N, const Output& output) {
   for_tasks(Split(M, N, threads(), false), M, N, [&](int64_t row, int64_t row_end, int64_t panel, int64_t panel_end) {
     simd::product(rows, row, row_end, packed, N, panel, panel_end, output);
+  });
+}
+
+const float* panels_of(Scratch& scratch, const Tensor& weight, const std::optional<Tensor>& packed) {
+  STD_TORCH_CHECK(weight.dim() == 2 && weight.is_cpu(), "linear: weight must be a matrix on the CPU");
+  const int64_t N = weight.size(0), K = weight.size(1);
+  if (!packed.has_value())
+    return pack_weight(scratch, weight.const_data_ptr(), type_of(weight), weight.stride(0), weight.stride(1), N, K);
+  STD_TORCH_CHECK(packed->is_cpu() && packed->numel() == simd::packed_floats(N, K) && packed->is_contiguous() &&
+                      packed->scalar_type() == ScalarType::Float,
+                  "linear: packed is not pack_linear(weight)");
+  return (const float*)packed->const_data_ptr();
+}
+
+void linear_rows(const RowView& x, const LinearWeights& weights, Output output) {
+  const int64_t M = x.rows, K = x.n, N = weights.N;
+  output.bias = weights.bias;
+  if (x.type == Type::kFloat && !weights.norm_weight)
+    return product_parallel(Rows{(const float*)x.data, plain_rows(x.stride), K}, M, weights.packed, N, output);
+  // LayerNorm, or a widening to fp32, of the rows that a task needs, in front of its products
+  for_tasks(Split(M, N, threads(), true), M, N, [&](int64_t row, int64_t row_end, int64_t panel, int64_t panel_end) {
+    Scratch scratch;
+    float* rows = scratch.take((row_end - row) * K);
+    const void* from = offset(x.data, x.type, row * x.stride);
+    if (weights.norm_weight)
+      simd::layer_norm(from, x.type, x.stride, row_end - row, K, weights.norm_weight, weights.norm_bias, weights.eps,
+                       rows, K);
+    else
+      simd::to_float(from, x.type, x.stride, row_end - row, K, rows, K);
+    Output part = output;
+    part.data = offset(output.data, output.type, row * output.grid.inner_stride);
+    if (output.residual) part.residual = offset(output.residual, output.type, row * output.residual_grid.inner_stride);
+    simd::product(Rows{rows, plain_rows(K), K}, 0, row_end - row, weights.packed, N, panel, panel_end, part);
   });
 }
 

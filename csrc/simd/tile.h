@@ -32,7 +32,7 @@ using Tile = Vec[MR][NV];
 // tile += a[0..MR)[0..length) * b, b in rows of NV vectors
 template <int MR, int NV>
 HYBRIDOPS_INLINE void multiply(Tile<MR, NV>& tile, const float* const (&a)[MR], const float* b, int64_t length) {
-  for (int64_t k = 0; k < length; ++k, b += NV * kLanes) {
+  _Pragma("GCC unroll 4") for (int64_t k = 0; k < length; ++k, b += NV * kLanes) {
     Vec right[NV];
     HYBRIDOPS_UNROLL for (int v = 0; v < NV; ++v) right[v] = load(b + v * kLanes);
     HYBRIDOPS_UNROLL for (int m = 0; m < MR; ++m) {

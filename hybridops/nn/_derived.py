@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import pack_conv, pack_linear
+from ..ops.layer import Weights
 from ..ops.patch_embed import pack_patch
 
 _KEY = "_hybridops_derived"
@@ -93,14 +94,6 @@ def _is_fresh(entry: _Entry, sources: Sequence[Tensor | None]) -> bool:
         and tuple(map(Tensor.data_ptr, tensors)) == entry.pointers
         and tuple(map(_shape, tensors)) == entry.shapes
     )
-
-
-class Weights(NamedTuple):
-    """What a kernel takes: (folded) weight and bias, and the weight packed or None."""
-
-    weight: Tensor
-    bias: Tensor | None
-    packed: Tensor | None
 
 
 def _norm_sources(norm):

@@ -2,6 +2,7 @@
 
 from .attention import attention
 from .conv_stem import ConvLayer, MaxPool, conv_stem, pack_conv
+from .layer import attention_layer, mlp_layer
 from .linear import linear, pack_linear
 from .patch_embed import pack_patch, patch_embed
 from .peg import peg
@@ -10,8 +11,10 @@ __all__ = [
     "ConvLayer",
     "MaxPool",
     "attention",
+    "attention_layer",
     "conv_stem",
     "linear",
+    "mlp_layer",
     "pack_conv",
     "pack_linear",
     "pack_patch",

@@ -19,6 +19,9 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "hardswish": F.hardswish,
 }
 ACTIVATION_NAMES = tuple(ACTIVATIONS)
+CODES = {name: code for code, name in enumerate(ACTIVATIONS)}
+# What a call raises that the kernel or the dispatcher refuses; the door's checks then name the reason.
+REFUSALS = (RuntimeError, TypeError, ValueError, KeyError, IndexError, AttributeError, ZeroDivisionError)
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 LARGEST = 2**31 - 1
 

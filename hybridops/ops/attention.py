@@ -10,12 +10,15 @@ FlashAttention-2 (Dao 2023) is the source of the backward: P is recomputed from 
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 
 import torch
 from torch import Tensor
 
 from .. import backend
 from ._contract import (
+    CODES,
+    REFUSALS,
     activate,
     activation_backward,
     activation_code,
@@ -115,6 +118,10 @@ def attention(
     fp32 and bf16 (fp32 accumulation) have a CPU kernel; other dtypes go to the reference.
     Raises ValueError for shapes that do not fit, TypeError for dtypes, IndexError for a bias_index outside the table.
     """
+    if backend.runs_at_once(q):
+        with suppress(*REFUSALS), backend.below_autograd():
+            factor = q.shape[3] ** -0.5 if scale is None else scale
+            return _forward(q, k, v, bias, bias_index, key_padding_mask, factor, CODES[activation])[0]
     code = activation_code("attention", activation)
     if is_autocast_on(q):
         q, k, v, bias = autocast(q, k, v, bias)

@@ -8,12 +8,15 @@ the same numbers in the kernel's panel order, made once for inference; it never 
 
 from __future__ import annotations
 
+from contextlib import suppress
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .. import backend
 from ._contract import (
+    CODES,
+    REFUSALS,
     activate,
     activation_backward,
     activation_code,
@@ -110,6 +113,10 @@ def linear(
     fp32 and bf16 (fp32 accumulation) have a CPU kernel; other dtypes go to the reference.
     Raises ValueError for shapes that do not fit and unknown activations, TypeError for dtypes.
     """
+    if backend.runs_at_once(x):
+        with suppress(*REFUSALS), backend.below_autograd():
+            norm_weight, norm_bias, eps = norm if norm is not None else (None, None, 0.0)
+            return _forward(x, weight, bias, packed, norm_weight, norm_bias, eps, residual, CODES[activation])
     code = activation_code("linear", activation)
     norm_weight, norm_bias, eps = unpack_norm("linear", norm)
     if is_autocast_on(x):

@@ -12,7 +12,7 @@ from timm.models.vision_transformer import Block
 from torch import nn
 
 from ..nn._derived import Weights
-from ..ops import linear
+from ..ops import attention_layer, linear, mlp_layer
 from .fast import (
     Fast,
     activation_name,
@@ -79,19 +79,24 @@ class FastBlock(Fast, Block):
         if weights is None:
             return Block.forward(self, x)
         qkv, proj, fc1, fc2 = weights
-        out = attend(
-            self.attn, linear(x, qkv.weight, qkv.bias, norm=norm_of(self.norm1), packed=qkv.packed)
+        attn = self.attn
+        if type(attn.q_norm) is nn.Identity:
+            x = attention_layer(
+                x,
+                qkv,
+                proj,
+                heads=attn.num_heads,
+                key_dim=attn.head_dim,
+                scale=None if attn.fused_attn else attn.scale,
+                norm=norm_of(self.norm1),
+                residual=True,
+            )
+        else:
+            out = attend(attn, linear(x, *qkv[:2], norm=norm_of(self.norm1), packed=qkv.packed))
+            x = linear(out, proj.weight, proj.bias, residual=x, packed=proj.packed)
+        return mlp_layer(
+            x, fc1, fc2, norm=norm_of(self.norm2), activation=plan.facts, residual=True
         )
-        x = linear(out, proj.weight, proj.bias, residual=x, packed=proj.packed)
-        h = linear(
-            x,
-            fc1.weight,
-            fc1.bias,
-            norm=norm_of(self.norm2),
-            activation=plan.facts,
-            packed=fc1.packed,
-        )
-        return linear(h, fc2.weight, fc2.bias, residual=x, packed=fc2.packed)
 
     def derive(self):
         attn, mlp = self.attn, self.mlp
