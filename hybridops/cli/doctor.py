@@ -185,10 +185,8 @@ def _advice(findings: dict) -> list[str]:
         lines.append(f"the library is broken for {', '.join(wrong)}: rebuild it: {_REBUILD}")
     if not findings["host_module"]:
         why = build.get("host_reason") or "not built"
-        lines.append(
-            f"no hybridops._host, which only measures ({why}): pip install pybind11 ninja, "
-            f"then {_REBUILD}"
-        )
+        first = "pip install pybind11, then " if "pybind11" in why else ""
+        lines.append(f"no hybridops._host, which only measures ({why}): {first}{_REBUILD}")
     versions = findings["versions"]
     for purpose, names in (
         ("timm's models and the demo", ("timm", "torchvision")),
@@ -241,7 +239,10 @@ def _text(findings: dict) -> str:
         ("GPU", f"{gpu}; there are no GPU kernels in this version"),
     ]
     lines = [f"{label + ':':15}{value}" for label, value in rows]
-    lines += ["", "Who serves a call, forward and backward (each was called and checked):"]
+    lines += [
+        "",
+        "Who serves a call, forward and backward (each was made; C++ checked against float64):",
+    ]
     lines.append(f"  {'':13}" + "".join(f"{_short(dtype):11}" for dtype in _DTYPES))
     reasons: dict[str, None] = {}
     for op, row in findings["ops"].items():
