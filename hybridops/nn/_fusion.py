@@ -43,7 +43,9 @@ def is_hooked(module: Any) -> bool:
 
 def is_ours(module: Any, cls: type[nn.Module]) -> bool:
     """Whether calling `module` is nothing but cls.forward: then its parent may fuse across it."""
-    return type(module).forward is cls.forward and not is_hooked(module)
+    own = type(module)  # or a class that optimize() put in its place, which means the same
+    same = own.forward is cls.forward or getattr(own, "replaces", None) is cls
+    return same and not is_hooked(module)
 
 
 def is_plain(module: nn.Module | None, classes) -> bool:

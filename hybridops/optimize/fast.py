@@ -69,8 +69,7 @@ class Plan:
             (d, name)
             for part, _ in parents
             for d in (part._parameters, part._buffers)
-            for name in d
-            if name != "num_batches_tracked"
+            for name in d  # num_batches_tracked too: torch counts no version of the statistics
         ]
         self._tensors = tuple(d for d, _ in tensors)
         self._tensor_names = tuple(name for _, name in tensors)

@@ -56,9 +56,9 @@ def fit_statistics(model: nn.Module, args: tuple[Any, ...], seed: int) -> None:
 
 def _fit(norm: Any, x: Tensor, generator: torch.Generator) -> None:
     channels = x.float().transpose(0, 1).flatten(1)
-    mean, var = channels.mean(1), channels.square().mean(1)
-    if channels.shape[1] > 8:  # fewer values make no variance: keep the mean square
-        var = channels.var(1, correction=0)
+    mean, var = channels.mean(1), channels.var(1, correction=0)
+    if channels.shape[1] <= 8:  # too few values for a channel of its own: all channels share
+        mean, var = torch.zeros_like(mean), channels.square().mean().expand_as(mean)
     std = var.clamp_min(1e-6).sqrt()
     norm.running_mean.copy_(mean + _uniform(mean, generator, -0.2, 0.2) * std)
     norm.running_var.copy_((std * _uniform(std, generator, 0.8, 1.25)).square())

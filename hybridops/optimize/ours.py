@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+from torch import nn
+
+from .. import backend
 from ..models.cpvt import Cpvt
 from ..models.levit import Levit
+from ..nn import Attention, Block, Mlp
 from ..nn._derived import fold_in_front
 from ..ops import linear
-from .fast import Fast, packed_linear
+from .block import block_weights, run_block
+from .fast import (
+    Fast,
+    activation_name,
+    first,
+    not_activation,
+    not_layer_norm,
+    not_one_of,
+    not_plain_linear,
+    packed_linear,
+)
 
 
 def averaged_heads(heads):
@@ -32,6 +46,46 @@ class FastLevit(Fast, Levit):
 
     def derive(self):
         return averaged_heads(self.bypassed(self))
+
+
+class FastBlock(Fast, Block):
+    """The block of our transformers: two dispatches."""
+
+    @classmethod
+    def unserved(cls, module, mode):
+        if mode == "train":
+            return "its parts are our kernels already"
+        attn, mlp = module.attn, module.mlp
+        if getattr(attn, "gate", None) is not None:
+            return "gated attention runs in its own kernels"
+        if any(type(part.norm) is not nn.Identity for part in (attn, mlp)):
+            return "a norm inside attn or mlp; those run in their own kernels"
+        return first(
+            (
+                not_one_of("attn", attn, Attention),
+                not_one_of("mlp", mlp, Mlp),
+                *(not_plain_linear(n, p) for n, p in (("qkv", attn.qkv), ("proj", attn.proj))),
+                *(not_plain_linear(n, p) for n, p in (("fc1", mlp.fc1), ("fc2", mlp.fc2))),
+                not_activation("act", mlp.act),
+                not_layer_norm("norm1", module.norm1),
+                not_layer_norm("norm2", module.norm2),
+            )
+        )
+
+    @classmethod
+    def facts(cls, module):
+        return activation_name(module.mlp.act)
+
+    def forward(self, x, attn_mask=None, is_causal=False):
+        plan = self._hybridops_plan
+        plain = attn_mask is None and not is_causal and not backend.reference_forced()
+        weights = plan.derived(self, x) if plain else None
+        if weights is None:
+            return Block.forward(self, x, attn_mask, is_causal)
+        return run_block(self, x, weights, plan.facts, self.attn.scale)
+
+    def derive(self):
+        return block_weights(self)
 
 
 class FastCpvt(Fast, Cpvt):

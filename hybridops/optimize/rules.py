@@ -20,6 +20,7 @@ _HERE = "hybridops.optimize"
 RULES: dict[str, str | type[Fast]] = {
     "hybridops.models.levit:Levit": f"{_HERE}.ours:FastLevit",
     "hybridops.models.cpvt:Cpvt": f"{_HERE}.ours:FastCpvt",
+    "hybridops.nn.block:Block": f"{_HERE}.ours:FastBlock",
     "timm.layers.attention:Attention": f"{_HERE}.timm_layers:FastAttention",
     "timm.layers.mlp:Mlp": f"{_HERE}.timm_layers:FastMlp",
     "timm.layers.patch_embed:PatchEmbed": f"{_HERE}.timm_layers:FastPatchEmbed",

@@ -11,7 +11,7 @@ from timm.layers.patch_embed import PatchEmbed
 from timm.layers.trace_utils import _assert
 from torch import nn
 
-from ..ops import attention, linear, patch_embed
+from ..ops import attention, linear, mlp_layer, patch_embed
 from .fast import (
     Fast,
     activation_name,
@@ -94,11 +94,11 @@ class FastMlp(Fast, Mlp):
         plan = self._hybridops_plan
         weights = plan.derived(self, x)
         if weights is not None:
-            (weight, bias, packed), fc2 = weights
-            h = linear(x, weight, bias, activation=plan.facts, packed=packed)
-            if type(self.norm) is not nn.Identity:
-                h = self.norm(h)
-            return linear(h, fc2.weight, fc2.bias, packed=fc2.packed)
+            fc1, fc2 = weights
+            if type(self.norm) is nn.Identity:
+                return mlp_layer(x, fc1, fc2, activation=plan.facts)
+            h = linear(x, fc1.weight, fc1.bias, activation=plan.facts, packed=fc1.packed)
+            return linear(self.norm(h), fc2.weight, fc2.bias, packed=fc2.packed)
         if not plan.intact():
             return Mlp.forward(self, x)
         h = linear(x, self.fc1.weight, self.fc1.bias, activation=plan.facts)

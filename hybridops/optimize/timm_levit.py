@@ -1,6 +1,6 @@
 """timm's LeViT: BatchNorm in the weights, Hardswish in the kernels, the bias spread out once.
 
-In inference a block is five kernels. In training the layers keep their BatchNorm modules, and the
+In inference a block is two dispatches. In training the layers keep their BatchNorm modules, and the
 attention reads its bias through the index, so that the table gets its gradient.
 """
 
@@ -25,7 +25,15 @@ from timm.models.levit import (
 from torch import nn
 
 from ..nn._derived import fold_behind, fold_in_front, in_graph
-from ..ops import ConvLayer, attention, conv_stem, linear, pack_conv
+from ..ops import (
+    ConvLayer,
+    attention,
+    attention_layer,
+    conv_stem,
+    linear,
+    mlp_layer,
+    pack_conv,
+)
 from .fast import (
     Fast,
     activation_name,
@@ -190,7 +198,7 @@ class FastAttention(Fast, Attention):
         plan = self._hybridops_plan
         weights = plan.derived(self, x)
         if weights is not None:
-            return self._folded(x, weights, None)
+            return self._folded(x, weights, False)
         if not plan.intact():
             return Attention.forward(self, x)
         out = self._attend(self.qkv(x), self.attention_biases, self.attention_bias_idxs)
@@ -198,13 +206,23 @@ class FastAttention(Fast, Attention):
 
     def derive(self):
         qkv, proj = self.qkv, self.proj.ln
-        bias = self.attention_biases[:, self.attention_bias_idxs]  # spread from the table, once
+        bias = self.attention_biases[:, self.attention_bias_idxs][None]  # spread out, once
         return batch_normed(qkv.linear, qkv.bn), bias, batch_normed(proj.linear, proj.bn)
 
     def _folded(self, x, weights, residual):
-        (weight, bias, packed), scores, proj = weights
-        out = self._attend(linear(x, weight, bias, packed=packed), scores, None)
-        return linear(out, proj.weight, proj.bias, residual=residual, packed=proj.packed)
+        qkv, scores, proj = weights
+        return attention_layer(
+            x,
+            qkv,
+            proj,
+            heads=self.num_heads,
+            key_dim=self.key_dim,
+            scale=self.scale,
+            interleaved=True,
+            bias=scores,
+            activation=self._hybridops_plan.facts,
+            residual=residual,
+        )
 
     def _attend(self, qkv, bias, index):
         B, N, _ = qkv.shape
@@ -249,7 +267,7 @@ class FastAttentionDownsample(Fast, AttentionDownsample):
     def derive(self):
         layers = (self.kv, self.q.ln, self.proj.ln)
         kv, q, proj = (batch_normed(layer.linear, layer.bn) for layer in layers)
-        return kv, q, self.attention_biases[:, self.attention_bias_idxs], proj
+        return kv, q, self.attention_biases[:, self.attention_bias_idxs][None], proj
 
     def _folded(self, x, weights):
         (weight, bias, packed), q, scores, proj = weights
@@ -290,15 +308,14 @@ class FastLevitMlp(Fast, LevitMlp):
 
     def forward(self, x):
         weights = self._hybridops_plan.derived(self, x)
-        return LevitMlp.forward(self, x) if weights is None else self._folded(x, weights, None)
+        return LevitMlp.forward(self, x) if weights is None else self._folded(x, weights, False)
 
     def derive(self):
         return tuple(batch_normed(layer.linear, layer.bn) for layer in (self.ln1, self.ln2))
 
     def _folded(self, x, weights, residual):
-        (weight, bias, packed), ln2 = weights
-        h = linear(x, weight, bias, activation=self._hybridops_plan.facts, packed=packed)
-        return linear(h, ln2.weight, ln2.bias, residual=residual, packed=ln2.packed)
+        activation = self._hybridops_plan.facts
+        return mlp_layer(x, *weights, activation=activation, residual=residual)
 
 
 def _not_drop_path(name, module):
@@ -324,8 +341,8 @@ class FastLevitBlock(Fast, LevitBlock):
         if weights is None:
             return LevitBlock.forward(self, x)
         attn, mlp = weights
-        x = self.attn._folded(x, attn, x)
-        return self.mlp._folded(x, mlp, x)
+        x = self.attn._folded(x, attn, True)
+        return self.mlp._folded(x, mlp, True)
 
     def derive(self):
         attn, mlp = self.attn, self.mlp
@@ -352,7 +369,7 @@ class FastLevitDownsample(Fast, LevitDownsample):
             return LevitDownsample.forward(self, x)
         attn, mlp = weights
         x = self.attn_downsample._folded(x, attn)
-        return self.mlp._folded(x, mlp, x)
+        return self.mlp._folded(x, mlp, True)
 
     def derive(self):
         attn, mlp = self.attn_downsample, self.mlp

@@ -18,7 +18,7 @@ from timm.models.twins import (
 from torch import nn
 
 from ..nn._derived import Weights
-from ..ops import attention, linear, patch_embed, peg
+from ..ops import attention, attention_layer, linear, mlp_layer, patch_embed, peg
 from .fast import (
     Fast,
     activation_name,
@@ -223,10 +223,15 @@ class FastBlock(Fast, Block):
             return self._mlp(x + attn._attend(self.norm1(x), size, *parts), fc1, fc2)
         # the whole block stays in window order: only the two permutations touch memory
         x = into_windows(x, size, ws)
-        qkv, proj = parts
-        qkv = linear(x, qkv.weight, qkv.bias, norm=norm_of(self.norm1), packed=qkv.packed)
-        out = _packed_attention(attn, qkv)
-        x = linear(out, proj.weight, proj.bias, residual=x, packed=proj.packed)
+        x = attention_layer(
+            x,
+            *parts,
+            heads=attn.num_heads,
+            key_dim=x.shape[2] // attn.num_heads,
+            scale=None if attn.fused_attn else attn.scale,
+            norm=norm_of(self.norm1),
+            residual=True,
+        )
         return from_windows(self._mlp(x, fc1, fc2), size, ws)
 
     def derive(self):
@@ -238,8 +243,7 @@ class FastBlock(Fast, Block):
 
     def _mlp(self, x, fc1, fc2):
         norm, activation = norm_of(self.norm2), self._hybridops_plan.facts
-        h = linear(x, fc1.weight, fc1.bias, norm=norm, activation=activation, packed=fc1.packed)
-        return linear(h, fc2.weight, fc2.bias, residual=x, packed=fc2.packed)
+        return mlp_layer(x, fc1, fc2, norm=norm, activation=activation, residual=True)
 
 
 class FastPosConv(Fast, PosConv):

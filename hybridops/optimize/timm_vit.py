@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 from timm.layers import DropPath, LayerScale
 from timm.layers.attention import Attention
 from timm.layers.mlp import Mlp
@@ -11,27 +9,16 @@ from timm.layers.norm import LayerNorm
 from timm.models.vision_transformer import Block
 from torch import nn
 
-from ..nn._derived import Weights
-from ..ops import attention_layer, linear, mlp_layer
+from .block import block_weights, run_block
 from .fast import (
     Fast,
     activation_name,
     fall_back,
     first,
-    norm_of,
     not_layer_norm,
     not_one_of,
-    one_dtype,
-    scaled,
 )
-from .timm_layers import FastAttention, FastMlp, attend
-
-
-class _Weights(NamedTuple):
-    qkv: Weights
-    proj: Weights
-    fc1: Weights
-    fc2: Weights
+from .timm_layers import FastAttention, FastMlp
 
 
 class FastBlock(Fast, Block):
@@ -78,32 +65,9 @@ class FastBlock(Fast, Block):
         weights = plan.derived(self, x)
         if weights is None:
             return Block.forward(self, x)
-        qkv, proj, fc1, fc2 = weights
         attn = self.attn
-        if type(attn.q_norm) is nn.Identity:
-            x = attention_layer(
-                x,
-                qkv,
-                proj,
-                heads=attn.num_heads,
-                key_dim=attn.head_dim,
-                scale=None if attn.fused_attn else attn.scale,
-                norm=norm_of(self.norm1),
-                residual=True,
-            )
-        else:
-            out = attend(attn, linear(x, *qkv[:2], norm=norm_of(self.norm1), packed=qkv.packed))
-            x = linear(out, proj.weight, proj.bias, residual=x, packed=proj.packed)
-        return mlp_layer(
-            x, fc1, fc2, norm=norm_of(self.norm2), activation=plan.facts, residual=True
-        )
+        # torch's fused attention takes no scale from timm, so neither do we
+        return run_block(self, x, weights, plan.facts, None if attn.fused_attn else attn.scale)
 
     def derive(self):
-        attn, mlp = self.attn, self.mlp
-        layers = (attn.qkv, attn.proj, mlp.fc1, mlp.fc2)
-        norms = (self.norm1, self.norm2)
-        if not one_dtype(layer.weight for layer in (*layers, *norms)):
-            return None
-        gammas = [ls.gamma if type(ls) is LayerScale else None for ls in (self.ls1, self.ls2)]
-        qkv, fc1 = (scaled(layer, None) for layer in (attn.qkv, mlp.fc1))
-        return _Weights(qkv, scaled(attn.proj, gammas[0]), fc1, scaled(mlp.fc2, gammas[1]))
+        return block_weights(self)
