@@ -8,30 +8,30 @@ inline namespace HYBRIDOPS_SIMD {
 enum Activation : int64_t { kNone, kRelu, kGelu, kGeluTanh, kSilu, kHardswish };
 
 // erf(z) as z P(z^2) / Q(z^2), a minimax fit of our own on |z| <= 3.92, clamped beyond: absolute error 3e-7.
+// The constant comes first in each comparison, so that a NaN passes through.
 HYBRIDOPS_INLINE Vec erf(Vec z) {
-  z = max(min(z, splat(3.92f)), splat(-3.92f));
+  z = max(splat(-3.92f), min(splat(3.92f), z));
   const Vec u = z * z;
-  Vec p = splat(2.0347802092146594e-06f);
+  Vec p = splat(2.0347802092146594e-06f), q = splat(3.8071000744821504e-05f);
   p = fma(p, u, splat(2.8747718897648156e-04f));
-  p = fma(p, u, splat(3.8681700825691223e-03f));
-  p = fma(p, u, splat(5.3059995174407959e-02f));
-  p = fma(p, u, splat(1.9276019930839539e-01f));
-  p = fma(p, u, splat(1.1283789873123169f));
-  Vec q = splat(3.8071000744821504e-05f);
   q = fma(q, u, splat(1.1880795937031507e-03f));
+  p = fma(p, u, splat(3.8681700825691223e-03f));
   q = fma(q, u, splat(1.5171977691352367e-02f));
+  p = fma(p, u, splat(5.3059995174407959e-02f));
   q = fma(q, u, splat(1.1508304625749588e-01f));
+  p = fma(p, u, splat(1.9276019930839539e-01f));
   q = fma(q, u, splat(5.0416094064712524e-01f));
+  p = fma(p, u, splat(1.1283789873123169f));
   q = fma(q, u, splat(1.0f));
-  return max(min(z * p / q, splat(1.0f)), splat(-1.0f));
+  return max(splat(-1.0f), min(splat(1.0f), z * p / q));
 }
 
 template <Activation kind>
 HYBRIDOPS_INLINE Vec activate(Vec x) {
   if constexpr (kind == kRelu) return x < 0.0f ? Vec{} : x;  // NaN stays NaN
   if constexpr (kind == kGelu) {
-    const Vec y = x * 0.5f * (erf(x * 0.70710678118654752f) + 1.0f);
-    return x != x ? x : y;
+    const Vec half = x * 0.5f;
+    return fma(half, erf(x * 0.70710678118654752f), half);
   }
   if constexpr (kind == kGeluTanh) {  // 0.5 x (1 + tanh(t)) = x sigmoid(2t)
     const Vec t = x * 1.5957691216057308f * fma(x * x, splat(0.044715f), splat(1.0f));

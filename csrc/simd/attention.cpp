@@ -84,8 +84,6 @@ HeadRows from(HeadRows rows, int64_t begin) {
   return {(const char*)rows.data + begin * rows.stride * size, rows.type, rows.stride};
 }
 
-Output scores_to(float* scores, int64_t stride) { return {scores, Type::kFloat, plain_rows(stride)}; }
-
 void multiply_all(const float* a, int64_t stride, int64_t length, int64_t rows, const float* packed, int64_t N,
                   const Output& output) {
   product(Rows{a, plain_rows(stride), length}, 0, rows, packed, N, 0, panel_count(N), output);
@@ -123,7 +121,7 @@ void attention_forward(const Head& h, HeadRows q, int64_t begin, int64_t rows, c
   float* queries = scores + kQueryBlock * stride;
   float* inverse_sum = queries + kQueryBlock * h.D;
   scaled_queries(from(q, begin), rows, h.D, h.scale, queries);
-  multiply_all(queries, h.D, h.D, rows, packed, h.Nk, scores_to(scores, stride));
+  plain_product(queries, h.D, rows, h.D, packed, h.Nk, scores, stride);
   softmax_rows(scores, stride, rows, h.Nk, bias, bias_stride, lse, inverse_sum);
   Output output{out, q.type, plain_rows(out_stride)};
   output.row_scale = inverse_sum;
@@ -168,8 +166,8 @@ void attention_backward(const Head& h, HeadRows q, HeadRows k, HeadRows v, HeadR
     to_float(from(out, begin).data, out.type, out.stride, rows, h.Dv, outputs, h.Dv);
     for (int64_t r = 0; r < rows; ++r) delta[r] = dot(gradients + r * h.Dv, outputs + r * h.Dv, h.Dv);
 
-    multiply_all(queries, h.D, h.D, rows, k_columns, h.Nk, scores_to(p, stride));
-    multiply_all(gradients, h.Dv, h.Dv, rows, v_columns, h.Nk, scores_to(dp, stride));
+    plain_product(queries, h.D, rows, h.D, k_columns, h.Nk, p, stride);
+    plain_product(gradients, h.Dv, rows, h.Dv, v_columns, h.Nk, dp, stride);
     int64_t bias_stride = 0;
     const float* bias_rows = bias.rows ? bias.rows(bias.context, begin, rows, &bias_stride) : nullptr;
     softmax_backward_rows(p, dp, stride, rows, h.Nk, bias_rows, bias_stride, lse + begin, delta,
@@ -179,7 +177,7 @@ void attention_backward(const Head& h, HeadRows q, HeadRows k, HeadRows v, HeadR
     pack(gradients, Type::kFloat, h.Dv, 1, rows, h.Dv, 0, panel_count(h.Dv), dy_packed);
     product_transposed(dp, stride, h.Nk, rows, q_packed, h.D, dk, h.D, begin > 0);
     product_transposed(p, stride, h.Nk, rows, dy_packed, h.Dv, dv, h.Dv, begin > 0);
-    Output output = scores_to(dq + begin * h.D, h.D);
+    Output output{dq + begin * h.D, Type::kFloat, plain_rows(h.D)};
     output.row_scale = scales;
     multiply_all(dp, stride, h.Nk, rows, k_rows, h.D, output);
   }

@@ -23,12 +23,27 @@ struct Cursor {
   }
 };
 
+// Brings the next panel into L2 while this one is multiplied, a share with every row tile. Weights of a whole model
+// come from L3 or DRAM at batch 1, where the first tile of each panel would otherwise wait for them.
+struct Ahead {
+  const float* panel;
+  int64_t floats, row_begin, per_row;
+
+  Ahead(const float* next, int64_t n, int64_t begin, int64_t end)
+      : panel(next), floats(n), row_begin(begin), per_row((n / 16 + end - begin) / (end - begin + 1) * 16) {}
+  HYBRIDOPS_INLINE void fetch(int64_t m, int rows) const {
+    const int64_t from = (m - row_begin) * per_row, to = from + rows * per_row;
+    for (int64_t i = from; i < (to < floats ? to : floats); i += 16) _mm_prefetch((const char*)(panel + i), _MM_HINT_T1);
+  }
+};
+
 template <class T>
 struct ProductTile {
   const Rows& rows;
   const float* panel;
   int64_t column, N;
   const Output& output;
+  const Ahead& ahead;
 
   template <int MR, int NV>
   __attribute__((noinline)) void operator()(int64_t m) const {
@@ -36,6 +51,7 @@ struct ProductTile {
     Cursor from(rows.grid, m);
     HYBRIDOPS_UNROLL for (int i = 0; i < MR; ++i) a[i] = rows.data + from.next();
 
+    ahead.fetch(m, MR);
     Tile<MR, NV> tile = {};
     Totals<MR, NV> totals;
     const float* b = panel;
@@ -84,6 +100,35 @@ struct ProductTile {
         store_some(y + n, x, left);
       }
     }
+  }
+};
+
+// With K of 16 to 64 a tile is done in 100 to 400 cycles: here it carries nothing but the product.
+struct PlainTile {
+  const float* a;
+  int64_t stride_a, K;
+  const float* panel;
+  float* c;
+  int64_t stride_c;
+
+  template <int MR, int NV>
+  HYBRIDOPS_INLINE void operator()(int64_t m) const {
+    const float* row[MR];
+    HYBRIDOPS_UNROLL for (int i = 0; i < MR; ++i) row[i] = a + (m + i) * stride_a;
+    Tile<MR, NV> tile = {};
+    Totals<MR, NV> totals;
+    const float* b = panel;
+    for (int64_t k = 0; k < K;) {
+      const int64_t length = totals.room(tile, K - k);
+      const float* run[MR];
+      HYBRIDOPS_UNROLL for (int i = 0; i < MR; ++i) run[i] = row[i] + k;
+      multiply<MR, NV>(tile, run, b, length);
+      b += length * NV * kLanes;
+      k += length;
+    }
+    totals.collect(tile);
+    HYBRIDOPS_UNROLL for (int i = 0; i < MR; ++i)
+      HYBRIDOPS_UNROLL for (int v = 0; v < NV; ++v) store(c + (m + i) * stride_c + v * kLanes, tile[i][v]);
   }
 };
 
@@ -198,13 +243,24 @@ void product(const Rows& rows, int64_t row_begin, int64_t row_end, const float* 
   const Panels panels(N);
   const int64_t K = rows.count1 * rows.count2 * rows.length;
   for (int64_t p = panel_begin; p < panel_end; ++p) {
-    const int64_t first = panels.offset(p) * kLanes;
+    const int64_t first = panels.offset(p) * kLanes, next = panels.offset(p + 1) * kLanes;
+    const int64_t next_width = p + 1 < panel_end ? panels.width(p + 1) * kLanes : 0;
+    const Ahead ahead(packed + next * K, next_width * K, row_begin, row_end);
     if (output.type == Type::kFloat)
       for_tiles(panels.width(p), row_begin, row_end,
-                ProductTile<float>{rows, packed + first * K, first, N, output});
+                ProductTile<float>{rows, packed + first * K, first, N, output, ahead});
     else
       for_tiles(panels.width(p), row_begin, row_end,
-                ProductTile<BFloat16>{rows, packed + first * K, first, N, output});
+                ProductTile<BFloat16>{rows, packed + first * K, first, N, output, ahead});
+  }
+}
+
+void plain_product(const float* a, int64_t stride_a, int64_t M, int64_t K, const float* packed, int64_t N, float* c,
+                   int64_t stride_c) {
+  const Panels panels(N);
+  for (int64_t p = 0; p < panels.count; ++p) {
+    const int64_t first = panels.offset(p) * kLanes;
+    for_tiles(panels.width(p), 0, M, PlainTile{a, stride_a, K, packed + first * K, c + first, stride_c});
   }
 }
 

@@ -48,6 +48,11 @@ void pack(const void* source, Type type, int64_t stride_k, int64_t stride_n, int
 void product(const Rows& rows, int64_t row_begin, int64_t row_end, const float* packed, int64_t N, int64_t panel_begin,
              int64_t panel_end, const Output& output);
 
+// The bare product for scores: c (M, N) = a (M, K) * packed, both in rows of fp32. Writes whole vectors: rows of c need
+// room for packed_floats(N, 1) numbers.
+void plain_product(const float* a, int64_t stride_a, int64_t M, int64_t K, const float* packed, int64_t N, float* c,
+                   int64_t stride_c);
+
 // c (M, N) = or += a.T * packed, with a (K, M) in rows of `stride_a` numbers and c in rows of `stride_c`.
 void product_transposed(const float* a, int64_t stride_a, int64_t M, int64_t K, const float* packed, int64_t N, float* c,
                         int64_t stride_c, bool accumulate);
