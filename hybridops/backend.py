@@ -1,7 +1,7 @@
 """Which backend serves a tensor: the only module that knows about hardware.
 
-The CPU library is chosen once, at import, from torch's own CPU capability (so `ATEN_CPU_CAPABILITY` steers ours and
-torch's kernels together). Nothing is compiled and nothing is downloaded here.
+The CPU library is chosen once, at import, from torch's own CPU capability (so `ATEN_CPU_CAPABILITY`
+steers ours and torch's kernels together). Nothing is compiled and nothing is downloaded here.
 
 `HYBRIDOPS_LIBRARY=/path/to/lib.so` loads that library instead; `HYBRIDOPS_LIBRARY=none` loads none.
 """
@@ -24,7 +24,7 @@ CPU_DTYPES = (torch.float32, torch.bfloat16)
 
 
 class BackendUnavailable(RuntimeError):
-    """A backend was asked for by name and cannot serve: absent, or not for this op, dtype or device."""
+    """A backend asked for by name cannot serve: absent, or not for this op, dtype or device."""
 
 
 def _detect_isa() -> str | None:
@@ -111,7 +111,9 @@ def which(op: str, x: Tensor, unserved: str | None = None) -> str:
         return "reference"
     reason = unserved or _why_not_cpu(x)
     if _forced is not None and (_forced != "cpu" or reason):
-        raise BackendUnavailable(f"{op}: backend {_forced!r} was forced and cannot serve: {reason or 'not built'}")
+        raise BackendUnavailable(
+            f"{op}: backend {_forced!r} was forced and cannot serve: {reason or 'not built'}"
+        )
     if reason is None:
         return "cpu"
     if not torch.compiler.is_compiling():
@@ -120,9 +122,10 @@ def which(op: str, x: Tensor, unserved: str | None = None) -> str:
 
 
 def runs_at_once(x: object) -> bool:
-    """Whether this is the everyday inference call: a tensor that the CPU library serves, and nothing to record or cast.
+    """Whether the CPU library serves x in a call that has nothing to record and nothing to cast.
 
-    Such a call may go straight to the kernel, whose own checks refuse what does not fit; the door then says why.
+    Such a call may go straight to the kernel, whose own checks refuse what does not fit; the door
+    then says why.
     """
     return (
         isinstance(x, Tensor)
@@ -136,7 +139,8 @@ def runs_at_once(x: object) -> bool:
     )
 
 
-# Around a kernel call that records nothing: skips the Python autograd kernel, 14 us a call under no_grad on Zen 3.
+# Around a kernel call that records nothing: skips the Python autograd kernel, 14 us a call under
+# no_grad on Zen 3.
 below_autograd = torch._C._AutoDispatchBelowAutograd
 
 
@@ -147,15 +151,18 @@ def reference_forced() -> bool:
 
 @contextmanager
 def use(name: str) -> Iterator[None]:
-    """Force one backend for the whole process while the block runs: "cpu", "triton", "cuda" or "reference".
+    """Force "cpu", "triton", "cuda" or "reference" for the whole process while the block runs.
 
-    Raises ValueError for an unknown name, BackendUnavailable for one that this process does not have.
+    Raises ValueError for an unknown name, BackendUnavailable for one that this process does not
+    have.
     """
     global _forced
     if name not in _BACKENDS:
         raise ValueError(f"use: backend must be one of {', '.join(_BACKENDS)}, got {name!r}")
     if name not in available():
-        raise BackendUnavailable(f"use: backend {name!r} is not available here: {_NO_LIBRARY or 'not built'}")
+        raise BackendUnavailable(
+            f"use: backend {name!r} is not available here: {_NO_LIBRARY or 'not built'}"
+        )
     previous, _forced = _forced, name
     try:
         yield

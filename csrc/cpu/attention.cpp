@@ -27,7 +27,8 @@ struct TensorHeads : Heads {
   }
 };
 
-// The bias in any of its forms, row by row in fp32; a key-padding mask beside a bias goes in as -inf.
+// The bias in any of its forms, row by row in fp32; a key-padding mask beside a bias goes in as
+// -inf.
 struct Bias {
   enum Form { kNoBias, kDense, kTable } form = kNoBias;
   const void* data = nullptr;
@@ -45,31 +46,38 @@ struct Bias {
     if (mask.has_value()) padding = (const bool*)mask->const_data_ptr();
     if (bias_index.has_value()) {
       form = kTable;
-      STD_TORCH_CHECK(bias->is_cpu() && bias_index->is_cpu() && bias->dim() == 2 && bias->size(0) == H &&
-                          bias_index->dim() == 2 && bias_index->size(0) == Nq && bias_index->size(1) == Nk,
+      STD_TORCH_CHECK(bias->is_cpu() && bias_index->is_cpu() && bias->dim() == 2 &&
+                          bias->size(0) == H && bias_index->dim() == 2 &&
+                          bias_index->size(0) == Nq && bias_index->size(1) == Nk,
                       "attention: bias table and index do not fit");
       table_size = bias->size(1);
       stride_h = table_size;
       float* table = scratch.take(bias->numel());
       for (int64_t h = 0; h < H; ++h)  // a row at a time, whatever the strides
-        simd::to_float(offset(data, type, h * bias->stride(0)), type, bias->stride(1), table_size, 1,
-                       table + h * table_size, 1);
+        simd::to_float(offset(data, type, h * bias->stride(0)), type, bias->stride(1), table_size,
+                       1, table + h * table_size, 1);
       data = table;
       type = Type::kFloat;
       index = indices(scratch, *bias_index);
     } else {
       form = kDense;
-      const auto fits = [&](int64_t d, int64_t n) { return bias->size(d) == 1 || bias->size(d) == n; };
-      STD_TORCH_CHECK(bias->is_cpu() && bias->dim() == 4 && fits(0, B) && fits(1, H) && fits(2, Nq) && fits(3, Nk),
+      const auto fits = [&](int64_t d, int64_t n) {
+        return bias->size(d) == 1 || bias->size(d) == n;
+      };
+      STD_TORCH_CHECK(bias->is_cpu() && bias->dim() == 4 && fits(0, B) && fits(1, H) &&
+                          fits(2, Nq) && fits(3, Nk),
                       "attention: bias does not broadcast to the scores");
       const auto stride = [&](int64_t d) { return bias->size(d) == 1 ? 0 : bias->stride(d); };
       stride_b = stride(0), stride_h = stride(1), stride_i = stride(2), stride_j = stride(3);
     }
   }
-  bool in_place() const { return form == kDense && type == Type::kFloat && !padding && (stride_j == 1 || Nk == 1); }
+  bool in_place() const {
+    return form == kDense && type == Type::kFloat && !padding && (stride_j == 1 || Nk == 1);
+  }
 
   // Rows [begin, begin + rows) of head (b, h), in `buffer` or where they lie.
-  const float* rows(int64_t b, int64_t h, int64_t begin, int64_t rows, float* buffer, int64_t* stride) const {
+  const float* rows(int64_t b, int64_t h, int64_t begin, int64_t rows, float* buffer,
+                    int64_t* stride) const {
     if (form == kNoBias) return nullptr;
     if (in_place()) {
       *stride = stride_i;
@@ -101,14 +109,17 @@ struct Bias {
     auto* y = (int64_t*)scratch.take(2 * n);
     const bool wide = t.scalar_type() == ScalarType::Long;
     for (int64_t i = 0; i < n; ++i) {
-      y[i] = wide ? ((const int64_t*)t.const_data_ptr())[i] : ((const int32_t*)t.const_data_ptr())[i];
-      STD_TORCH_CHECK(y[i] >= 0 && y[i] < table_size, "attention: bias_index points outside the table");
+      y[i] =
+          wide ? ((const int64_t*)t.const_data_ptr())[i] : ((const int32_t*)t.const_data_ptr())[i];
+      STD_TORCH_CHECK(y[i] >= 0 && y[i] < table_size,
+                      "attention: bias_index points outside the table");
     }
     return y;
   }
 };
 
-// The keys of one image that take part: all, or, with a mask and no bias, only those that are not padding.
+// The keys of one image that take part: all, or, with a mask and no bias, only those that are not
+// padding.
 struct Keys {
   std::vector<int64_t> kept;
   bool compact;
@@ -127,7 +138,8 @@ struct Keys {
     if (!compact) return rows;
     float* y = scratch.take(count * D);
     for (int64_t j = 0; j < count; ++j)
-      simd::to_float(offset(rows.data, rows.type, kept[j] * rows.stride), rows.type, rows.stride, 1, D, y + j * D, D);
+      simd::to_float(offset(rows.data, rows.type, kept[j] * rows.stride), rows.type, rows.stride, 1,
+                     D, y + j * D, D);
     return {y, Type::kFloat, D};
   }
   // Gradient rows back to their keys in (Nk, stride) rows; keys that took no part get zeros.
@@ -137,20 +149,23 @@ struct Keys {
     int64_t next = 0;
     for (int64_t j = 0; j < Nk; ++j) {
       const bool taken = next < count && kept[next] == j;
-      simd::from_float(taken ? d + next++ * D : zeros.data(), D, 1, D, offset(to, type, j * stride), type, stride);
+      simd::from_float(taken ? d + next++ * D : zeros.data(), D, 1, D, offset(to, type, j * stride),
+                       type, stride);
     }
   }
 };
 
 void check(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& mask) {
-  STD_TORCH_CHECK(q.dim() == 4 && k.dim() == 4 && v.dim() == 4, "attention: q, k and v must have 4 dimensions");
+  STD_TORCH_CHECK(q.dim() == 4 && k.dim() == 4 && v.dim() == 4,
+                  "attention: q, k and v must have 4 dimensions");
   STD_TORCH_CHECK(k.size(0) == q.size(0) && v.size(0) == q.size(0) && k.size(1) == v.size(1) &&
                       k.size(2) == q.size(2) && v.size(2) == q.size(2) && k.size(3) == q.size(3),
                   "attention: q, k and v do not fit");
   STD_TORCH_CHECK(type_of(k) == type_of(q) && type_of(v) == type_of(q), "attention: dtypes differ");
   STD_TORCH_CHECK(k.is_cpu() && v.is_cpu(), "attention: k and v must be on the CPU like q");
   STD_TORCH_CHECK(!mask.has_value() || (mask->is_cpu() && mask->scalar_type() == ScalarType::Bool &&
-                                        mask->dim() == 2 && mask->size(0) == k.size(0) && mask->size(1) == k.size(1)),
+                                        mask->dim() == 2 && mask->size(0) == k.size(0) &&
+                                        mask->size(1) == k.size(1)),
                   "attention: key_padding_mask does not fit");
 }
 
@@ -159,27 +174,32 @@ std::optional<Tensor> contiguous(const std::optional<Tensor>& x) {
 }
 
 std::tuple<Tensor, Tensor> attention(Tensor q, Tensor k, Tensor v, std::optional<Tensor> bias,
-                                     std::optional<Tensor> bias_index, std::optional<Tensor> key_padding_mask,
-                                     double scale, int64_t activation) {
+                                     std::optional<Tensor> bias_index,
+                                     std::optional<Tensor> key_padding_mask, double scale,
+                                     int64_t activation) {
   check(q, k, v, key_padding_mask);
   const int64_t B = q.size(0), Nq = q.size(1), H = q.size(2), Dv = v.size(3);
   Tensor out = empty({B, Nq, H, Dv}, q.scalar_type()), lse = empty({B, H, Nq}, ScalarType::Float);
   if (lse.numel() == 0) return {out, lse};
-  attend(TensorHeads(q), TensorHeads(k), TensorHeads(v), B, H, bias, bias_index, key_padding_mask, scale, activation,
-         out.mutable_data_ptr(), (float*)lse.mutable_data_ptr());
+  attend(TensorHeads(q), TensorHeads(k), TensorHeads(v), B, H, bias, bias_index, key_padding_mask,
+         scale, activation, out.mutable_data_ptr(), (float*)lse.mutable_data_ptr());
   return {out, lse};
 }
-// Sums dbias (Bb, H, Nq, Nk) over what the bias was broadcast along, or into its table; a fixed order throughout.
-Tensor reduce_bias(const Tensor& full, const Tensor& bias, const Bias& form, int64_t H, int64_t Nq) {
+// Sums dbias (Bb, H, Nq, Nk) over what the bias was broadcast along, or into its table; a fixed
+// order throughout.
+Tensor reduce_bias(const Tensor& full, const Tensor& bias, const Bias& form, int64_t H,
+                   int64_t Nq) {
   const int64_t Nk = form.Nk, Bb = full.size(0);
-  Tensor reduced = empty(std::vector<int64_t>(bias.sizes().begin(), bias.sizes().end()), ScalarType::Float);
+  Tensor reduced =
+      empty(std::vector<int64_t>(bias.sizes().begin(), bias.sizes().end()), ScalarType::Float);
   const auto* from = (const float*)full.const_data_ptr();
   auto* to = (float*)reduced.mutable_data_ptr();
   std::fill(to, to + reduced.numel(), 0.0f);
   if (form.form == Bias::kTable) {
     parallel(H, [&](int64_t begin, int64_t end) {
       for (int64_t h = begin; h < end; ++h)
-        for (int64_t n = 0; n < Nq * Nk; ++n) to[h * form.table_size + form.index[n]] += from[h * Nq * Nk + n];
+        for (int64_t n = 0; n < Nq * Nk; ++n)
+          to[h * form.table_size + form.index[n]] += from[h * Nq * Nk + n];
     });
     return reduced;
   }
@@ -192,18 +212,20 @@ Tensor reduce_bias(const Tensor& full, const Tensor& bias, const Bias& form, int
   return reduced;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(Tensor dy, Tensor q, Tensor k, Tensor v,
-                                                              std::optional<Tensor> bias,
-                                                              std::optional<Tensor> bias_index,
-                                                              std::optional<Tensor> key_padding_mask, Tensor out,
-                                                              Tensor lse, double scale, bool needs_dbias) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
+    Tensor dy, Tensor q, Tensor k, Tensor v, std::optional<Tensor> bias,
+    std::optional<Tensor> bias_index, std::optional<Tensor> key_padding_mask, Tensor out,
+    Tensor lse, double scale, bool needs_dbias) {
   check(q, k, v, key_padding_mask);
-  const int64_t B = q.size(0), Nq = q.size(1), H = q.size(2), Nk = k.size(1), D = q.size(3), Dv = v.size(3);
+  const int64_t B = q.size(0), Nq = q.size(1), H = q.size(2), Nk = k.size(1), D = q.size(3),
+                Dv = v.size(3);
   const ScalarType dtype = q.scalar_type();
-  Tensor dq = empty({B, Nq, H, D}, dtype), dk = empty({B, Nk, H, D}, dtype), dv = empty({B, Nk, H, Dv}, dtype);
+  Tensor dq = empty({B, Nq, H, D}, dtype), dk = empty({B, Nk, H, D}, dtype),
+         dv = empty({B, Nk, H, Dv}, dtype);
   const TensorHeads queries(q), keys(k), values(v), gradients(dy), outputs(out);
   STD_TORCH_CHECK(gradients.type == queries.type && outputs.type == queries.type &&
-                      dy.numel() == B * Nq * H * Dv && out.numel() == dy.numel() && lse.numel() == B * H * Nq,
+                      dy.numel() == B * Nq * H * Dv && out.numel() == dy.numel() &&
+                      lse.numel() == B * H * Nq,
                   "attention_backward: dy, out and lse do not fit q, k and v");
   const std::optional<Tensor> mask = contiguous(key_padding_mask);
   const Tensor sums = torch::stable::contiguous(lse);
@@ -225,7 +247,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(Tensor dy, Tensor 
       const Bias& biases;
       int64_t b, h;
       float* buffer;
-    } context{biases, b, h, biases.form == Bias::kNoBias ? nullptr : scratch.take(simd::query_block(Nq) * Nk)};
+    } context{biases, b, h,
+              biases.form == Bias::kNoBias ? nullptr : scratch.take(simd::query_block(Nq) * Nk)};
     BiasRows source{nullptr, &context};
     if (biases.form != Bias::kNoBias)
       source.rows = [](const void* c, int64_t begin, int64_t rows, int64_t* stride) {
@@ -233,16 +256,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(Tensor dy, Tensor 
         return at.biases.rows(at.b, at.h, begin, rows, at.buffer, stride);
       };
     float* bias_sum = needs_dbias ? dbias + ((per_image ? b : 0) * H + h) * Nq * Nk : nullptr;
-    simd::attention_backward(head, queries.head(b, h), taking.gather(scratch, keys.head(b, h), D),
-                             taking.gather(scratch, values.head(b, h), Dv), gradients.head(b, h), outputs.head(b, h),
-                             (const float*)sums.const_data_ptr() + (b * H + h) * Nq, source, dq_rows, dk_rows, dv_rows,
-                             bias_sum, scratch.take(simd::backward_scratch_floats(head)));
+    simd::attention_backward(
+        head, queries.head(b, h), taking.gather(scratch, keys.head(b, h), D),
+        taking.gather(scratch, values.head(b, h), Dv), gradients.head(b, h), outputs.head(b, h),
+        (const float*)sums.const_data_ptr() + (b * H + h) * Nq, source, dq_rows, dk_rows, dv_rows,
+        bias_sum, scratch.take(simd::backward_scratch_floats(head)));
     const Type type = queries.type;
-    simd::from_float(dq_rows, D, Nq, D, offset(dq.mutable_data_ptr(), type, (b * Nq * H + h) * D), type, H * D);
-    taking.scatter(dk_rows, D, Nk, offset(dk.mutable_data_ptr(), type, (b * Nk * H + h) * D), type, H * D);
-    taking.scatter(dv_rows, Dv, Nk, offset(dv.mutable_data_ptr(), type, (b * Nk * H + h) * Dv), type, H * Dv);
+    simd::from_float(dq_rows, D, Nq, D, offset(dq.mutable_data_ptr(), type, (b * Nq * H + h) * D),
+                     type, H * D);
+    taking.scatter(dk_rows, D, Nk, offset(dk.mutable_data_ptr(), type, (b * Nk * H + h) * D), type,
+                   H * D);
+    taking.scatter(dv_rows, Dv, Nk, offset(dv.mutable_data_ptr(), type, (b * Nk * H + h) * Dv),
+                   type, H * Dv);
   };
-  if (needs_dbias && !per_image) {  // one thread per head adds up its images in order: deterministic
+  if (needs_dbias &&
+      !per_image) {  // one thread per head adds up its images in order: deterministic
     parallel(H, [&](int64_t begin, int64_t end) {
       for (int64_t h = begin; h < end; ++h)
         for (int64_t b = 0; b < B; ++b) run_head(b, h);
@@ -252,14 +280,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(Tensor dy, Tensor 
       for (int64_t t = begin; t < end; ++t) run_head(t / H, t % H);
     });
   }
-  return {dq, dk, dv, needs_dbias ? reduce_bias(full, *bias, biases, H, Nq) : empty({0}, ScalarType::Float)};
+  return {dq, dk, dv,
+          needs_dbias ? reduce_bias(full, *bias, biases, H, Nq) : empty({0}, ScalarType::Float)};
 }
 
 }  // namespace
 
 void attend(const Heads& queries, const Heads& keys, const Heads& values, int64_t B, int64_t H,
             const std::optional<Tensor>& bias, const std::optional<Tensor>& bias_index,
-            const std::optional<Tensor>& key_padding_mask, double scale, int64_t activation, void* y, float* sums) {
+            const std::optional<Tensor>& key_padding_mask, double scale, int64_t activation,
+            void* y, float* sums) {
   const int64_t Nq = queries.N, Nk = keys.N, D = queries.D, Dv = values.D;
   const std::optional<Tensor> mask = contiguous(key_padding_mask);
   Scratch shared;
@@ -274,17 +304,18 @@ void attend(const Heads& queries, const Heads& keys, const Heads& values, int64_
       const Keys taking(mask, bias.has_value(), b, Nk);
       const Head head{Nq, taking.count, D, Dv, (float)scale};
       float* packed = scratch.take(simd::packed_head_floats(head));
-      simd::pack_head(head, taking.gather(scratch, keys.head(b, h), D), taking.gather(scratch, values.head(b, h), Dv),
-                      packed);
+      simd::pack_head(head, taking.gather(scratch, keys.head(b, h), D),
+                      taking.gather(scratch, values.head(b, h), Dv), packed);
       float* work = scratch.take(simd::forward_scratch_floats(head));
-      float* bias_buffer = biases.form == Bias::kNoBias || biases.in_place() ? nullptr : scratch.take(block * Nk);
+      float* bias_buffer =
+          biases.form == Bias::kNoBias || biases.in_place() ? nullptr : scratch.take(block * Nk);
       for (; t < end && t / blocks == b * H + h; ++t) {
         const int64_t i = t % blocks * block, rows = std::min(block, Nq - i);
         int64_t bias_stride = 0;
         const float* bias_rows = biases.rows(b, h, i, rows, bias_buffer, &bias_stride);
-        simd::attention_forward(head, queries.head(b, h), i, rows, packed, bias_rows, bias_stride, activation,
-                                offset(y, queries.type, ((b * Nq + i) * H + h) * Dv), H * Dv,
-                                sums + (b * H + h) * Nq + i, work);
+        simd::attention_forward(head, queries.head(b, h), i, rows, packed, bias_rows, bias_stride,
+                                activation, offset(y, queries.type, ((b * Nq + i) * H + h) * Dv),
+                                H * Dv, sums + (b * H + h) * Nq + i, work);
       }
     }
   });

@@ -1,7 +1,6 @@
 // Attention over heads that lie anywhere: in tensors, or in the scratch of a fused layer.
 #pragma once
 #include "../simd/attention.h"
-
 #include "common.h"
 
 namespace hybridops {
@@ -18,8 +17,9 @@ struct Heads {
 };
 
 // y (B, Nq, H, Dv), contiguous and of q's type, and its log-sum-exps (B, H, Nq).
-void attend(const Heads& q, const Heads& k, const Heads& v, int64_t B, int64_t H, const std::optional<Tensor>& bias,
-            const std::optional<Tensor>& bias_index, const std::optional<Tensor>& key_padding_mask, double scale,
-            int64_t activation, void* y, float* lse);
+void attend(const Heads& q, const Heads& k, const Heads& v, int64_t B, int64_t H,
+            const std::optional<Tensor>& bias, const std::optional<Tensor>& bias_index,
+            const std::optional<Tensor>& key_padding_mask, double scale, int64_t activation,
+            void* y, float* lse);
 
 }  // namespace hybridops

@@ -1,4 +1,5 @@
-// What the registering files share: tensors as raw rows, scratch that stays alive, one way to share out work.
+// What the registering files share: tensors as raw rows, scratch that stays alive, one way to share
+// out work.
 #pragma once
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
@@ -24,12 +25,14 @@ using torch::stable::Tensor;
 // Contiguous and uninitialised.
 inline Tensor empty(const std::vector<int64_t>& sizes, ScalarType type) {
   std::vector<int64_t> strides(sizes.size(), 1);
-  for (size_t i = sizes.size(); i-- > 1;) strides[i - 1] = strides[i] * std::max<int64_t>(sizes[i], 1);
+  for (size_t i = sizes.size(); i-- > 1;)
+    strides[i - 1] = strides[i] * std::max<int64_t>(sizes[i], 1);
   const int32_t dtype = type == ScalarType::Float      ? aoti_torch_dtype_float32()
                         : type == ScalarType::BFloat16 ? aoti_torch_dtype_bfloat16()
                                                        : aoti_torch_dtype_int64();
   AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided((int64_t)sizes.size(), sizes.data(), strides.data(), dtype,
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided((int64_t)sizes.size(), sizes.data(),
+                                                  strides.data(), dtype,
                                                   aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
 }
@@ -51,12 +54,15 @@ inline int64_t size_of(simd::Type type) {
   return type == simd::Type::kFloat ? 4 : type == simd::Type::kBFloat16 ? 2 : 1;
 }
 
-inline void* offset(void* data, simd::Type type, int64_t elements) { return (char*)data + elements * size_of(type); }
+inline void* offset(void* data, simd::Type type, int64_t elements) {
+  return (char*)data + elements * size_of(type);
+}
 inline const void* offset(const void* data, simd::Type type, int64_t elements) {
   return (const char*)data + elements * size_of(type);
 }
 
-// Per-thread scratch for the length of a scope. Blocks stay with the thread: fresh pages cost more than the arithmetic.
+// Per-thread scratch for the length of a scope. Blocks stay with the thread: fresh pages cost more
+// than the arithmetic.
 class Scratch {
  public:
   Scratch() : block_(state().block), used_(state().used) {}
@@ -64,7 +70,8 @@ class Scratch {
     State& s = state();
     s.block = block_;
     s.used = used_;
-    if (block_ == 0 && used_ == 0 && s.blocks.size() > 1) {  // outermost: one block that would have held all of it
+    if (block_ == 0 && used_ == 0 &&
+        s.blocks.size() > 1) {  // outermost: one block that would have held all of it
       size_t total = 0;
       for (const Block& b : s.blocks) total += b.floats;
       s.blocks.clear();
@@ -78,7 +85,8 @@ class Scratch {
   float* take(int64_t floats) {
     State& s = state();
     const size_t n = ((size_t)std::max<int64_t>(floats, 1) + kSlack) / 16 * 16;
-    while (s.block < s.blocks.size() && s.used + n > s.blocks[s.block].floats) ++s.block, s.used = 0;
+    while (s.block < s.blocks.size() && s.used + n > s.blocks[s.block].floats)
+      ++s.block, s.used = 0;
     if (s.block == s.blocks.size()) s.add(n);
     float* p = s.blocks[s.block].data.get() + s.used;
     s.used += n;
@@ -86,7 +94,8 @@ class Scratch {
   }
 
  private:
-  static constexpr size_t kSlack = 31;  // rounding, and a vector's worth of slack behind every array
+  static constexpr size_t kSlack =
+      31;  // rounding, and a vector's worth of slack behind every array
   struct Free {
     void operator()(float* p) const { std::free(p); }
   };
@@ -115,21 +124,24 @@ class Scratch {
 inline const float* floats(Scratch& scratch, const std::optional<Tensor>& x) {
   if (!x.has_value()) return nullptr;
   const int64_t n = x->numel(), stride = x->dim() ? x->stride(x->dim() - 1) : 1;
-  if (type_of(*x) == simd::Type::kFloat && (stride == 1 || n <= 1)) return (const float*)x->const_data_ptr();
+  if (type_of(*x) == simd::Type::kFloat && (stride == 1 || n <= 1))
+    return (const float*)x->const_data_ptr();
   float* y = scratch.take(n);
   simd::to_float(x->const_data_ptr(), type_of(*x), stride, n, 1, y, 1);
   return y;
 }
 
 // The same for a vector that must have n numbers of a type.
-inline const float* vector_of(Scratch& scratch, const std::optional<Tensor>& x, int64_t n, simd::Type type) {
+inline const float* vector_of(Scratch& scratch, const std::optional<Tensor>& x, int64_t n,
+                              simd::Type type) {
   if (!x.has_value()) return nullptr;
   STD_TORCH_CHECK(x->is_cpu() && x->dim() == 1 && x->size(0) == n && type_of(*x) == type,
                   "hybridops: a bias or norm vector does not fit");
   return floats(scratch, x);
 }
 
-// A tensor (..., n) as rows that lie a constant stride apart; copied only where its strides do not allow that.
+// A tensor (..., n) as rows that lie a constant stride apart; copied only where its strides do not
+// allow that.
 struct RowView {
   Tensor tensor;
   const void* data;
@@ -137,7 +149,8 @@ struct RowView {
   int64_t rows, n, stride;
 
   // Rows of the caller's own, in scratch.
-  RowView(const float* x, int64_t M, int64_t K) : data(x), type(simd::Type::kFloat), rows(M), n(K), stride(K) {}
+  RowView(const float* x, int64_t M, int64_t K)
+      : data(x), type(simd::Type::kFloat), rows(M), n(K), stride(K) {}
 
   explicit RowView(const Tensor& x) : tensor(x), type(type_of(x)) {
     if (!collapses(x)) tensor = torch::stable::contiguous(x);

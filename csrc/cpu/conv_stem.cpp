@@ -1,12 +1,11 @@
 // hybridops::conv_stem and conv_backward: see hybridops/ops/conv_stem.py for the meaning.
 //
-// A convolution is the product with its rows read in place: in a padded (H, W, C) buffer the patch under an output
-// pixel is Kh runs of Kw * C numbers, so nothing is unfolded. Images go through the chain one at a time, which keeps
-// the intermediates in cache.
-#include "../simd/conv.h"
-
+// A convolution is the product with its rows read in place: in a padded (H, W, C) buffer the patch
+// under an output pixel is Kh runs of Kw * C numbers, so nothing is unfolded. Images go through the
+// chain one at a time, which keeps the intermediates in cache.
 #include <cmath>
 
+#include "../simd/conv.h"
 #include "linear.h"
 
 namespace hybridops {
@@ -62,7 +61,8 @@ void clear_border(float* buffer, int64_t C, const Size& inner, const Sides& p, f
     std::fill(row, row + p.left * C, value);
     std::fill(row + (p.left + inner.W) * C, row + Wp * C, value);
   }
-  std::fill(buffer + (p.top + inner.H) * Wp * C, buffer + (p.top + inner.H + p.bottom) * Wp * C, value);
+  std::fill(buffer + (p.top + inner.H) * Wp * C, buffer + (p.top + inner.H + p.bottom) * Wp * C,
+            value);
 }
 
 int64_t padded_floats(const Size& s, const Sides& p, int64_t C) {
@@ -72,7 +72,8 @@ int64_t padded_floats(const Size& s, const Sides& p, int64_t C) {
 Sides sides_at(const std::vector<int64_t>& paddings, size_t i) {
   STD_TORCH_CHECK(paddings.size() >= 4 * i + 4, "conv_stem: paddings are too few");
   for (size_t s = 0; s < 4; ++s)
-    STD_TORCH_CHECK(paddings[4 * i + s] >= 0 && paddings[4 * i + s] < INT32_MAX, "conv_stem: bad padding");
+    STD_TORCH_CHECK(paddings[4 * i + s] >= 0 && paddings[4 * i + s] < INT32_MAX,
+                    "conv_stem: bad padding");
   return {paddings[4 * i], paddings[4 * i + 1], paddings[4 * i + 2], paddings[4 * i + 3]};
 }
 
@@ -81,17 +82,19 @@ std::vector<Layer> plan(Scratch& scratch, const Tensor& image, const std::vector
                         const std::vector<int64_t>& strides, const std::vector<int64_t>& paddings,
                         const std::vector<int64_t>& activations) {
   const size_t L = weights.size();
-  STD_TORCH_CHECK(image.dim() == 4 && L > 0 && biases.size() == L && strides.size() == L && activations.size() == L &&
-                      (packed.empty() || packed.size() == L),
+  STD_TORCH_CHECK(image.dim() == 4 && L > 0 && biases.size() == L && strides.size() == L &&
+                      activations.size() == L && (packed.empty() || packed.size() == L),
                   "conv_stem: the lists of layers differ in length");
   std::vector<Layer> layers;
   Size size{image.size(2), image.size(3)};
   int64_t channels = image.size(1);
   for (size_t i = 0; i < L; ++i) {
-    STD_TORCH_CHECK(weights[i].dim() == 4 && weights[i].size(1) == channels && biases[i].numel() == weights[i].size(0),
+    STD_TORCH_CHECK(weights[i].dim() == 4 && weights[i].size(1) == channels &&
+                        biases[i].numel() == weights[i].size(0),
                     "conv_stem: weight or bias does not fit");
     Layer l{};
-    l.Co = weights[i].size(0), l.Ci = channels, l.Kh = weights[i].size(2), l.Kw = weights[i].size(3);
+    l.Co = weights[i].size(0), l.Ci = channels, l.Kh = weights[i].size(2),
+    l.Kw = weights[i].size(3);
     l.stride = strides[i], l.activation = activations[i], l.padding = sides_at(paddings, i);
     STD_TORCH_CHECK(l.stride > 0 && size.H + l.padding.top + l.padding.bottom >= l.Kh &&
                         size.W + l.padding.left + l.padding.right >= l.Kw,
@@ -99,10 +102,12 @@ std::vector<Layer> plan(Scratch& scratch, const Tensor& image, const std::vector
     l.in = size, l.out = size = size.after(l.Kh, l.Kw, l.stride, l.padding);
     const int64_t K = l.Kh * l.Kw * l.Ci;
     if (packed.empty()) {  // (Co, Kh, Kw, Ci): the order in which a patch lies in the buffer
-      Tensor w = torch::stable::contiguous(torch::stable::transpose(torch::stable::transpose(weights[i], 1, 2), 2, 3));
+      Tensor w = torch::stable::contiguous(
+          torch::stable::transpose(torch::stable::transpose(weights[i], 1, 2), 2, 3));
       l.packed = pack_weight(scratch, w.const_data_ptr(), type_of(w), K, 1, l.Co, K);
     } else {
-      STD_TORCH_CHECK(packed[i].numel() == simd::packed_floats(l.Co, K) && packed[i].scalar_type() == ScalarType::Float,
+      STD_TORCH_CHECK(packed[i].numel() == simd::packed_floats(l.Co, K) &&
+                          packed[i].scalar_type() == ScalarType::Float,
                       "conv_stem: packed is not pack_conv(weight)");
       l.packed = (const float*)packed[i].const_data_ptr();
     }
@@ -113,11 +118,13 @@ std::vector<Layer> plan(Scratch& scratch, const Tensor& image, const std::vector
   return layers;
 }
 
-Tensor conv_stem(Tensor image, std::vector<Tensor> weights, std::vector<Tensor> biases, std::vector<Tensor> packed,
-                 std::vector<int64_t> strides, std::vector<int64_t> paddings, std::vector<int64_t> activations,
+Tensor conv_stem(Tensor image, std::vector<Tensor> weights, std::vector<Tensor> biases,
+                 std::vector<Tensor> packed, std::vector<int64_t> strides,
+                 std::vector<int64_t> paddings, std::vector<int64_t> activations,
                  std::vector<int64_t> pool) {
   Scratch scratch;
-  const std::vector<Layer> layers = plan(scratch, image, weights, biases, packed, strides, paddings, activations);
+  const std::vector<Layer> layers =
+      plan(scratch, image, weights, biases, packed, strides, paddings, activations);
   const Layer& last = layers.back();
   const bool has_pool = !pool.empty();
   const Sides around = has_pool ? Sides{pool.at(2), pool.at(3), pool.at(4), pool.at(5)} : Sides{};
@@ -128,7 +135,8 @@ Tensor conv_stem(Tensor image, std::vector<Tensor> weights, std::vector<Tensor> 
   const Type type = type_of(tokens);
   if (tokens.numel() == 0) return tokens;
 
-  // Buffer i holds the input of layer i with that layer's padding around it; one more in front of the pool.
+  // Buffer i holds the input of layer i with that layer's padding around it; one more in front of
+  // the pool.
   std::vector<float*> buffers;
   for (const Layer& l : layers) {
     buffers.push_back(scratch.take(padded_floats(l.in, l.padding, l.Ci)));
@@ -144,7 +152,8 @@ Tensor conv_stem(Tensor image, std::vector<Tensor> weights, std::vector<Tensor> 
     const int64_t Hp = first.in.H + first.padding.top + first.padding.bottom;
     parallel(Hp, [&](int64_t begin, int64_t end) {
       simd::load_padded(source, first.padding.top, first.padding.left,
-                        first.in.W + first.padding.left + first.padding.right, begin, end, buffers[0]);
+                        first.in.W + first.padding.left + first.padding.right, begin, end,
+                        buffers[0]);
     });
     void* out = offset(tokens.mutable_data_ptr(), type, b * size.H * size.W * C);
     for (size_t i = 0; i < layers.size(); ++i) {
@@ -154,17 +163,20 @@ Tensor conv_stem(Tensor image, std::vector<Tensor> weights, std::vector<Tensor> 
       if (to_buffer) {
         const Sides& p = i + 1 < layers.size() ? layers[i + 1].padding : around;
         const int64_t Wp = l.out.W + p.left + p.right;
-        output = {buffers[i + 1] + (p.top * Wp + p.left) * l.Co, Type::kFloat, Grid{l.out.W, Wp * l.Co, l.Co}};
+        output = {buffers[i + 1] + (p.top * Wp + p.left) * l.Co, Type::kFloat,
+                  Grid{l.out.W, Wp * l.Co, l.Co}};
       }
       output.bias = l.bias;
       output.activation = l.activation;
-      product_parallel(patches(buffers[i], l.in.W + l.padding.left + l.padding.right, l), l.out.H * l.out.W, l.packed,
-                       l.Co, output);
+      product_parallel(patches(buffers[i], l.in.W + l.padding.left + l.padding.right, l),
+                       l.out.H * l.out.W, l.packed, l.Co, output);
     }
     if (has_pool) {
-      const Window2d window{pool[0], pool[0], pool[1], C, last.out.W + around.left + around.right, size.W};
+      const Window2d window{pool[0], pool[0], pool[1], C, last.out.W + around.left + around.right,
+                            size.W};
       parallel(size.H, [&](int64_t begin, int64_t end) {
-        for (int64_t ho = begin; ho < end; ++ho) simd::max_pool_row(buffers.back(), window, ho, out, type);
+        for (int64_t ho = begin; ho < end; ++ho)
+          simd::max_pool_row(buffers.back(), window, ho, out, type);
       });
     }
   }
@@ -178,11 +190,13 @@ struct PatchSource {
   const float* buffers;  // all images, padded
   int64_t buffer_floats;
 
-  static const float* rows(const void* context, int64_t first, int64_t rows, float* buffer, int64_t* stride) {
+  static const float* rows(const void* context, int64_t first, int64_t rows, float* buffer,
+                           int64_t* stride) {
     const auto& s = *(const PatchSource*)context;
     const Layer& l = s.layer;
     const int64_t pixels = l.out.H * l.out.W, K = l.Kh * l.Kw * l.Ci;
-    const Window2d window{l.Kh, l.Kw, l.stride, l.Ci, l.in.W + l.padding.left + l.padding.right, l.out.W};
+    const Window2d window{l.Kh,   l.Kw, l.stride, l.Ci, l.in.W + l.padding.left + l.padding.right,
+                          l.out.W};
     *stride = K;
     for (int64_t done = 0; done < rows;) {
       const int64_t b = (first + done) / pixels, at = (first + done) % pixels;
@@ -195,27 +209,32 @@ struct PatchSource {
 };
 
 // dimage comes as (B, H, W, Ci), the order of tokens.
-std::tuple<Tensor, Tensor, Tensor> conv_backward(Tensor dz, Tensor image, Tensor weight, int64_t stride,
-                                                 std::vector<int64_t> padding, bool needs_dimage) {
+std::tuple<Tensor, Tensor, Tensor> conv_backward(Tensor dz, Tensor image, Tensor weight,
+                                                 int64_t stride, std::vector<int64_t> padding,
+                                                 bool needs_dimage) {
   const ScalarType dtype = weight.scalar_type();
   Scratch scratch;
-  STD_TORCH_CHECK(image.dim() == 4 && weight.dim() == 4 && weight.size(1) == image.size(1) && stride > 0,
-                  "conv_backward: image and weight do not fit");
+  STD_TORCH_CHECK(
+      image.dim() == 4 && weight.dim() == 4 && weight.size(1) == image.size(1) && stride > 0,
+      "conv_backward: image and weight do not fit");
   Layer l{};
   l.Co = weight.size(0), l.Ci = weight.size(1), l.Kh = weight.size(2), l.Kw = weight.size(3);
   l.stride = stride, l.padding = sides_at(padding, 0), l.in = {image.size(2), image.size(3)};
   l.out = l.in.after(l.Kh, l.Kw, stride, l.padding);
   const int64_t B = image.size(0), pixels = l.out.H * l.out.W, K = l.Kh * l.Kw * l.Ci;
-  STD_TORCH_CHECK(l.out.H > 0 && l.out.W > 0 && dz.numel() == B * pixels * l.Co && type_of(dz) == type_of(weight),
+  STD_TORCH_CHECK(l.out.H > 0 && l.out.W > 0 && dz.numel() == B * pixels * l.Co &&
+                      type_of(dz) == type_of(weight),
                   "conv_backward: dz does not fit");
   const Type type = type_of(weight);
-  const int64_t Wp = l.in.W + l.padding.left + l.padding.right, Hp = l.in.H + l.padding.top + l.padding.bottom;
+  const int64_t Wp = l.in.W + l.padding.left + l.padding.right,
+                Hp = l.in.H + l.padding.top + l.padding.bottom;
   const int64_t buffer_floats = Hp * Wp * l.Ci;
 
   float* buffers = scratch.take(B * buffer_floats);
   parallel(B, [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b)
-      simd::load_padded(image_of(image, b), l.padding.top, l.padding.left, Wp, 0, Hp, buffers + b * buffer_floats);
+      simd::load_padded(image_of(image, b), l.padding.top, l.padding.left, Wp, 0, Hp,
+                        buffers + b * buffer_floats);
   });
   const RowView gradients(dz);
   Tensor rows = empty({l.Co, K}, dtype), dbias = empty({l.Co}, dtype);  // (Co, Kh, Kw, Ci)
@@ -226,7 +245,8 @@ std::tuple<Tensor, Tensor, Tensor> conv_backward(Tensor dz, Tensor image, Tensor
   if (!needs_dimage) return {empty({0}, dtype), dweight, dbias};
 
   Tensor dimage = empty({B, l.in.H, l.in.W, l.Ci}, dtype);
-  const Tensor w = torch::stable::contiguous(torch::stable::transpose(torch::stable::transpose(weight, 1, 2), 2, 3));
+  const Tensor w = torch::stable::contiguous(
+      torch::stable::transpose(torch::stable::transpose(weight, 1, 2), 2, 3));
   const float* packed = pack_weight(scratch, w.const_data_ptr(), type, 1, K, K, l.Co);
   const Window2d window{l.Kh, l.Kw, stride, l.Ci, Wp, l.out.W};
   void* to = dimage.mutable_data_ptr();
@@ -237,12 +257,13 @@ std::tuple<Tensor, Tensor, Tensor> conv_backward(Tensor dz, Tensor image, Tensor
     float* row = own.take(l.out.W * l.Co);
     for (int64_t b = begin; b < end; ++b) {
       std::fill(sums, sums + buffer_floats, 0.0f);
-      for (int64_t ho = 0; ho < l.out.H; ++ho) {  // patches overlap: one thread adds up an image in order
+      for (int64_t ho = 0; ho < l.out.H;
+           ++ho) {  // patches overlap: one thread adds up an image in order
         const int64_t first = b * pixels + ho * l.out.W;
-        simd::to_float(offset(gradients.data, type, first * gradients.stride), type, gradients.stride, l.out.W, l.Co,
-                       row, l.Co);
-        simd::product(Rows{row, simd::plain_rows(l.Co), l.Co}, 0, l.out.W, packed, K, 0, simd::panel_count(K),
-                      Output{dpatches, Type::kFloat, simd::plain_rows(K)});
+        simd::to_float(offset(gradients.data, type, first * gradients.stride), type,
+                       gradients.stride, l.out.W, l.Co, row, l.Co);
+        simd::product(Rows{row, simd::plain_rows(l.Co), l.Co}, 0, l.out.W, packed, K, 0,
+                      simd::panel_count(K), Output{dpatches, Type::kFloat, simd::plain_rows(K)});
         simd::scatter_patches(dpatches, window, ho * l.out.W, l.out.W, sums);
       }
       const int64_t run = l.in.W * l.Ci;

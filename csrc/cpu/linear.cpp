@@ -7,8 +7,8 @@ using simd::plain_rows;
 using simd::Rows;
 using simd::Type;
 
-const float* pack_weight(Scratch& scratch, const void* weight, Type type, int64_t stride_n, int64_t stride_k, int64_t N,
-                         int64_t K) {
+const float* pack_weight(Scratch& scratch, const void* weight, Type type, int64_t stride_n,
+                         int64_t stride_k, int64_t N, int64_t K) {
   float* packed = scratch.take(simd::packed_floats(N, K));
   parallel(simd::panel_count(N), [=](int64_t begin, int64_t end) {
     simd::pack(weight, type, stride_k, stride_n, K, N, begin, end, packed);
@@ -18,7 +18,8 @@ const float* pack_weight(Scratch& scratch, const void* weight, Type type, int64_
 
 namespace {
 
-constexpr int64_t kRowBlock = 96;       // rows a task takes through all panels: 96 x 768 fp32 is half of a 512 KB L2
+constexpr int64_t kRowBlock =
+    96;  // rows a task takes through all panels: 96 x 768 fp32 is half of a 512 KB L2
 constexpr int64_t kGradientChunk = 128;  // tokens per step of a weight gradient
 
 // How a product of M rows and P panels is cut into tasks.
@@ -37,7 +38,8 @@ struct Split {
     const double row_balance = (double)M / (double)(divide_up(row_blocks, T) * T * rows);
     const double panel_balance = (double)P / (double)(divide_up(P, T) * T);
     const bool prefer_panels = N > M && panel_balance > row_balance - 0.02;
-    if (M <= kRowBlock * T && T > 1 && (by_rows_only ? M < 8 * tile : prefer_panels || panel_balance > row_balance)) {
+    if (M <= kRowBlock * T && T > 1 &&
+        (by_rows_only ? M < 8 * tile : prefer_panels || panel_balance > row_balance)) {
       row_blocks = 1;
       rows = M;
       panels = divide_up(P, T);
@@ -53,7 +55,8 @@ void for_tasks(const Split& split, int64_t M, int64_t N, const F& f) {
   const int64_t P = simd::panel_count(N);
   parallel(split.tasks(), [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
-      const int64_t row = t / split.panel_blocks * split.rows, panel = t % split.panel_blocks * split.panels;
+      const int64_t row = t / split.panel_blocks * split.rows,
+                    panel = t % split.panel_blocks * split.panels;
       f(row, std::min(row + split.rows, M), panel, std::min(panel + split.panels, P));
     }
   });
@@ -80,8 +83,9 @@ Tensor linear(Tensor x, Tensor weight, std::optional<Tensor> bias, std::optional
   output.activation = activation;
   std::optional<RowView> added;
   if (residual.has_value()) {
-    STD_TORCH_CHECK(residual->is_cpu() && same_sizes(*residual, y) && type_of(*residual) == rows.type,
-                    "linear: residual does not fit");
+    STD_TORCH_CHECK(
+        residual->is_cpu() && same_sizes(*residual, y) && type_of(*residual) == rows.type,
+        "linear: residual does not fit");
     added.emplace(*residual);
     output.residual = added->data;
     output.residual_grid = plain_rows(added->stride);
@@ -95,7 +99,8 @@ Tensor linear(Tensor x, Tensor weight, std::optional<Tensor> bias, std::optional
   return y;
 }
 
-const float* token_rows(const void* context, int64_t first, int64_t rows, float* buffer, int64_t* stride) {
+const float* token_rows(const void* context, int64_t first, int64_t rows, float* buffer,
+                        int64_t* stride) {
   const RowView& x = *(const RowView*)context;
   const void* from = offset(x.data, x.type, first * x.stride);
   *stride = x.stride;
@@ -109,14 +114,16 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward(Tensor dy, Tensor x, Tensor w
   const int64_t N = weight.size(0), K = weight.size(1);
   STD_TORCH_CHECK(dy.dim() == x.dim() && dy.size(dy.dim() - 1) == N && x.size(x.dim() - 1) == K,
                   "linear_backward: dy, x and weight do not fit");
-  STD_TORCH_CHECK(type_of(dy) == type_of(x) && type_of(weight) == type_of(x), "linear_backward: dtypes differ");
+  STD_TORCH_CHECK(type_of(dy) == type_of(x) && type_of(weight) == type_of(x),
+                  "linear_backward: dtypes differ");
   Tensor dx = empty(std::vector<int64_t>(x.sizes().begin(), x.sizes().end()), x.scalar_type());
   Tensor dweight = empty({N, K}, x.scalar_type()), dbias = empty({N}, x.scalar_type());
   const RowView gradients(dy), tokens(x);
   if (dx.numel() > 0) {
     Scratch scratch;
     const float* panels =  // dx = dy @ weight: the weight's columns are the product's
-        pack_weight(scratch, weight.const_data_ptr(), type_of(weight), weight.stride(1), weight.stride(0), K, N);
+        pack_weight(scratch, weight.const_data_ptr(), type_of(weight), weight.stride(1),
+                    weight.stride(0), K, N);
     linear_rows(gradients, {panels, K}, {dx.mutable_data_ptr(), type_of(dx), plain_rows(K)});
   }
   weight_gradient(gradients, N, K, token_rows, &tokens, dweight, dbias);
@@ -138,19 +145,24 @@ Tensor pack_linear(Tensor weight) {
 
 }  // namespace
 
-void product_parallel(const Rows& rows, int64_t M, const float* packed, int64_t N, const Output& output) {
-  for_tasks(Split(M, N, threads(), false), M, N, [&](int64_t row, int64_t row_end, int64_t panel, int64_t panel_end) {
-    simd::product(rows, row, row_end, packed, N, panel, panel_end, output);
-  });
+void product_parallel(const Rows& rows, int64_t M, const float* packed, int64_t N,
+                      const Output& output) {
+  for_tasks(Split(M, N, threads(), false), M, N,
+            [&](int64_t row, int64_t row_end, int64_t panel, int64_t panel_end) {
+              simd::product(rows, row, row_end, packed, N, panel, panel_end, output);
+            });
 }
 
-const float* panels_of(Scratch& scratch, const Tensor& weight, const std::optional<Tensor>& packed) {
-  STD_TORCH_CHECK(weight.dim() == 2 && weight.is_cpu(), "linear: weight must be a matrix on the CPU");
+const float* panels_of(Scratch& scratch, const Tensor& weight,
+                       const std::optional<Tensor>& packed) {
+  STD_TORCH_CHECK(weight.dim() == 2 && weight.is_cpu(),
+                  "linear: weight must be a matrix on the CPU");
   const int64_t N = weight.size(0), K = weight.size(1);
   if (!packed.has_value())
-    return pack_weight(scratch, weight.const_data_ptr(), type_of(weight), weight.stride(0), weight.stride(1), N, K);
-  STD_TORCH_CHECK(packed->is_cpu() && packed->numel() == simd::packed_floats(N, K) && packed->is_contiguous() &&
-                      packed->scalar_type() == ScalarType::Float,
+    return pack_weight(scratch, weight.const_data_ptr(), type_of(weight), weight.stride(0),
+                       weight.stride(1), N, K);
+  STD_TORCH_CHECK(packed->is_cpu() && packed->numel() == simd::packed_floats(N, K) &&
+                      packed->is_contiguous() && packed->scalar_type() == ScalarType::Float,
                   "linear: packed is not pack_linear(weight)");
   return (const float*)packed->const_data_ptr();
 }
@@ -159,26 +171,31 @@ void linear_rows(const RowView& x, const LinearWeights& weights, Output output) 
   const int64_t M = x.rows, K = x.n, N = weights.N;
   output.bias = weights.bias;
   if (x.type == Type::kFloat && !weights.norm_weight)
-    return product_parallel(Rows{(const float*)x.data, plain_rows(x.stride), K}, M, weights.packed, N, output);
+    return product_parallel(Rows{(const float*)x.data, plain_rows(x.stride), K}, M, weights.packed,
+                            N, output);
   // LayerNorm, or a widening to fp32, of the rows that a task needs, in front of its products
-  for_tasks(Split(M, N, threads(), true), M, N, [&](int64_t row, int64_t row_end, int64_t panel, int64_t panel_end) {
-    Scratch scratch;
-    float* rows = scratch.take((row_end - row) * K);
-    const void* from = offset(x.data, x.type, row * x.stride);
-    if (weights.norm_weight)
-      simd::layer_norm(from, x.type, x.stride, row_end - row, K, weights.norm_weight, weights.norm_bias, weights.eps,
-                       rows, K);
-    else
-      simd::to_float(from, x.type, x.stride, row_end - row, K, rows, K);
-    Output part = output;
-    part.data = offset(output.data, output.type, row * output.grid.inner_stride);
-    if (output.residual) part.residual = offset(output.residual, output.type, row * output.residual_grid.inner_stride);
-    simd::product(Rows{rows, plain_rows(K), K}, 0, row_end - row, weights.packed, N, panel, panel_end, part);
-  });
+  for_tasks(Split(M, N, threads(), true), M, N,
+            [&](int64_t row, int64_t row_end, int64_t panel, int64_t panel_end) {
+              Scratch scratch;
+              float* rows = scratch.take((row_end - row) * K);
+              const void* from = offset(x.data, x.type, row * x.stride);
+              if (weights.norm_weight)
+                simd::layer_norm(from, x.type, x.stride, row_end - row, K, weights.norm_weight,
+                                 weights.norm_bias, weights.eps, rows, K);
+              else
+                simd::to_float(from, x.type, x.stride, row_end - row, K, rows, K);
+              Output part = output;
+              part.data = offset(output.data, output.type, row * output.grid.inner_stride);
+              if (output.residual)
+                part.residual =
+                    offset(output.residual, output.type, row * output.residual_grid.inner_stride);
+              simd::product(Rows{rows, plain_rows(K), K}, 0, row_end - row, weights.packed, N,
+                            panel, panel_end, part);
+            });
 }
 
-void weight_gradient(const RowView& dz, int64_t N, int64_t K, RowChunk chunk, const void* context, Tensor& dweight,
-                     Tensor& dbias) {
+void weight_gradient(const RowView& dz, int64_t N, int64_t K, RowChunk chunk, const void* context,
+                     Tensor& dweight, Tensor& dbias) {
   const int64_t M = dz.rows, tile = simd::row_tile();
   const int64_t per_task = std::max(divide_up(divide_up(N, threads()), tile) * tile, tile);
   const Type type = type_of(dweight);
@@ -186,27 +203,30 @@ void weight_gradient(const RowView& dz, int64_t N, int64_t K, RowChunk chunk, co
     for (int64_t task = begin; task < end; ++task) {
       Scratch scratch;
       const int64_t first = task * per_task, n = std::min(per_task, N - first);
-      // The chunk of dz is read down its columns: an odd number of cache lines per row uses every cache set.
+      // The chunk of dz is read down its columns: an odd number of cache lines per row uses every
+      // cache set.
       const int64_t stride_dz = (divide_up(n, 16) | 1) * 16;
       float* gradients = scratch.take(kGradientChunk * stride_dz);
       float* buffer = scratch.take(kGradientChunk * K);
       float* packed = scratch.take(simd::packed_floats(K, kGradientChunk));
       float* bias = scratch.take(n);
       std::fill(bias, bias + n, 0.0f);
-      float* sums = type == Type::kFloat ? (float*)dweight.mutable_data_ptr() + first * K : scratch.take(n * K);
+      float* sums = type == Type::kFloat ? (float*)dweight.mutable_data_ptr() + first * K
+                                         : scratch.take(n * K);
       if (M == 0) std::fill(sums, sums + n * K, 0.0f);
       for (int64_t m = 0; m < M; m += kGradientChunk) {
         const int64_t rows = std::min(kGradientChunk, M - m);
         int64_t stride = 0;
         const float* x = chunk(context, m, rows, buffer, &stride);
-        simd::to_float(offset(dz.data, dz.type, m * dz.stride + first), dz.type, dz.stride, rows, n, gradients,
-                       stride_dz);
+        simd::to_float(offset(dz.data, dz.type, m * dz.stride + first), dz.type, dz.stride, rows, n,
+                       gradients, stride_dz);
         simd::add_rows(gradients, stride_dz, rows, n, bias);
         simd::pack(x, Type::kFloat, stride, 1, rows, K, 0, simd::panel_count(K), packed);
         simd::product_transposed(gradients, stride_dz, n, rows, packed, K, sums, K, m > 0);
       }
       if (type != Type::kFloat)
-        simd::from_float(sums, K, n, K, offset(dweight.mutable_data_ptr(), type, first * K), type, K);
+        simd::from_float(sums, K, n, K, offset(dweight.mutable_data_ptr(), type, first * K), type,
+                         K);
       simd::from_float(bias, n, 1, n, offset(dbias.mutable_data_ptr(), type, first), type, n);
     }
   });

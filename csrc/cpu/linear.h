@@ -1,4 +1,5 @@
-// Right-hand sides packed on the fly, and the two products of a backward pass, for the ops that need them.
+// Right-hand sides packed on the fly, and the two products of a backward pass, for the ops that
+// need them.
 #pragma once
 #include "common.h"
 
@@ -7,11 +8,13 @@ namespace hybridops {
 using simd::Output;
 
 // weight (N, K) with any strides, in panels; in parallel.
-const float* pack_weight(Scratch& scratch, const void* weight, simd::Type type, int64_t stride_n, int64_t stride_k,
-                         int64_t N, int64_t K);
+const float* pack_weight(Scratch& scratch, const void* weight, simd::Type type, int64_t stride_n,
+                         int64_t stride_k, int64_t N, int64_t K);
 
-// Every row of `rows` times the packed weight, shared out over rows or panels, whichever balances and reuses better.
-void product_parallel(const simd::Rows& rows, int64_t M, const float* packed, int64_t N, const simd::Output& output);
+// Every row of `rows` times the packed weight, shared out over rows or panels, whichever balances
+// and reuses better.
+void product_parallel(const simd::Rows& rows, int64_t M, const float* packed, int64_t N,
+                      const simd::Output& output);
 
 // A linear layer's right-hand side and the LayerNorm in front of it (norm_weight null: none).
 struct LinearWeights {
@@ -22,16 +25,19 @@ struct LinearWeights {
   float eps = 0.0f;
 };
 
-// output = linear(norm(x)): see Output for what follows the product. output.bias is taken from the weights.
+// output = linear(norm(x)): see Output for what follows the product. output.bias is taken from the
+// weights.
 void linear_rows(const RowView& x, const LinearWeights& weights, Output output);
 
 // The panels of a weight (N, K): `packed` if it is given and fits, else packed into scratch.
 const float* panels_of(Scratch& scratch, const Tensor& weight, const std::optional<Tensor>& packed);
 
-// dweight (N, K) = dz.T @ x and dbias (N) = sum of dz, where chunk(first, rows, buffer) gives rows [first, first + rows)
-// of x as fp32 rows of K numbers, in `buffer` or wherever they already lie (*stride apart).
-using RowChunk = const float* (*)(const void* context, int64_t first, int64_t rows, float* buffer, int64_t* stride);
-void weight_gradient(const RowView& dz, int64_t N, int64_t K, RowChunk chunk, const void* context, Tensor& dweight,
-                     Tensor& dbias);
+// dweight (N, K) = dz.T @ x and dbias (N) = sum of dz, where chunk(first, rows, buffer) gives rows
+// [first, first + rows) of x as fp32 rows of K numbers, in `buffer` or wherever they already lie
+// (*stride apart).
+using RowChunk = const float* (*)(const void* context, int64_t first, int64_t rows, float* buffer,
+                                  int64_t* stride);
+void weight_gradient(const RowView& dz, int64_t N, int64_t K, RowChunk chunk, const void* context,
+                     Tensor& dweight, Tensor& dbias);
 
 }  // namespace hybridops

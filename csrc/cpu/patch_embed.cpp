@@ -18,16 +18,23 @@ struct Patches {
   bool planar;  // must agree with is_planar() in patch_embed.py: it decides the order of `packed`
 };
 
-// The rows under the patches of one image: where it lies if its planes can be read directly, else in `buffer`.
+// The rows under the patches of one image: where it lies if its planes can be read directly, else
+// in `buffer`.
 Rows rows_of(const Image& image, const Patches& p, float* buffer) {
   if (!p.planar) {
     simd::load_padded(image, p.top, p.left, p.Wp, 0, p.Hp, buffer);
-    return {buffer, Grid{p.Wo, p.stride * p.Wp * p.Ci, p.stride * p.Ci}, p.Kw * p.Ci, p.Kh, p.Wp * p.Ci};
+    return {buffer, Grid{p.Wo, p.stride * p.Wp * p.Ci, p.stride * p.Ci}, p.Kw * p.Ci, p.Kh,
+            p.Wp * p.Ci};
   }
   const bool unpadded = p.Hp == image.H && p.Wp == image.W;
   if (unpadded && image.type == Type::kFloat && image.stride_w == 1)
-    return {(const float*)image.data, Grid{p.Wo, p.stride * image.stride_h, p.stride}, p.Kw, p.Ci, image.stride_c,
-            p.Kh, image.stride_h};
+    return {(const float*)image.data,
+            Grid{p.Wo, p.stride * image.stride_h, p.stride},
+            p.Kw,
+            p.Ci,
+            image.stride_c,
+            p.Kh,
+            image.stride_h};
   simd::load_planes(image, p.top, p.left, p.Hp, p.Wp, buffer);
   return {buffer, Grid{p.Wo, p.stride * p.Wp, p.stride}, p.Kw, p.Ci, p.Hp * p.Wp, p.Kh, p.Wp};
 }
@@ -43,38 +50,50 @@ void add_into(void* rows, const void* added, Type type, int64_t n) {
   simd::from_float(a, n, 1, n, rows, type, n);
 }
 
-Tensor patch_embed(Tensor image, Tensor weight, std::optional<Tensor> bias, std::optional<Tensor> packed,
-                   std::optional<Tensor> norm_weight, std::optional<Tensor> norm_bias, double eps,
-                   std::optional<Tensor> pos_embed, std::optional<Tensor> prefix, int64_t stride,
-                   std::vector<int64_t> padding) {
-  STD_TORCH_CHECK(image.dim() == 4 && weight.dim() == 4 && weight.size(1) == image.size(1) && stride > 0 &&
-                      padding.size() == 4 && *std::min_element(padding.begin(), padding.end()) >= 0,
+Tensor patch_embed(Tensor image, Tensor weight, std::optional<Tensor> bias,
+                   std::optional<Tensor> packed, std::optional<Tensor> norm_weight,
+                   std::optional<Tensor> norm_bias, double eps, std::optional<Tensor> pos_embed,
+                   std::optional<Tensor> prefix, int64_t stride, std::vector<int64_t> padding) {
+  STD_TORCH_CHECK(image.dim() == 4 && weight.dim() == 4 && weight.size(1) == image.size(1) &&
+                      stride > 0 && padding.size() == 4 &&
+                      *std::min_element(padding.begin(), padding.end()) >= 0,
                   "patch_embed: image and weight do not fit");
-  const int64_t B = image.size(0), C = weight.size(0), Ci = weight.size(1), Kh = weight.size(2), Kw = weight.size(3);
-  const int64_t Hp = image.size(2) + padding[0] + padding[2], Wp = image.size(3) + padding[1] + padding[3];
-  STD_TORCH_CHECK(Kh > 0 && Kw > 0 && Hp >= Kh && Wp >= Kw, "patch_embed: the patch does not fit the image");
-  const int64_t Ho = (Hp - Kh) / stride + 1, Wo = (Wp - Kw) / stride + 1, N = Ho * Wo, K = Ci * Kh * Kw;
-  const int64_t P = prefix.has_value() ? prefix->size(0) : 0, pos_rows = pos_embed.has_value() ? pos_embed->size(0) : 0;
+  const int64_t B = image.size(0), C = weight.size(0), Ci = weight.size(1), Kh = weight.size(2),
+                Kw = weight.size(3);
+  const int64_t Hp = image.size(2) + padding[0] + padding[2],
+                Wp = image.size(3) + padding[1] + padding[3];
+  STD_TORCH_CHECK(Kh > 0 && Kw > 0 && Hp >= Kh && Wp >= Kw,
+                  "patch_embed: the patch does not fit the image");
+  const int64_t Ho = (Hp - Kh) / stride + 1, Wo = (Wp - Kw) / stride + 1, N = Ho * Wo,
+                K = Ci * Kh * Kw;
+  const int64_t P = prefix.has_value() ? prefix->size(0) : 0,
+                pos_rows = pos_embed.has_value() ? pos_embed->size(0) : 0;
   const Type type = type_of(weight);
   for (const auto& vector : {bias, norm_weight, norm_bias})
-    STD_TORCH_CHECK(!vector.has_value() || vector->numel() == C, "patch_embed: bias or norm does not fit");
+    STD_TORCH_CHECK(!vector.has_value() || vector->numel() == C,
+                    "patch_embed: bias or norm does not fit");
   STD_TORCH_CHECK(!prefix.has_value() || (prefix->numel() == P * C && type_of(*prefix) == type),
                   "patch_embed: prefix does not fit");
-  STD_TORCH_CHECK(!pos_embed.has_value() || ((pos_rows == N || pos_rows == P + N) &&
-                                             pos_embed->numel() == pos_rows * C && type_of(*pos_embed) == type),
-                  "patch_embed: pos_embed does not fit");
+  STD_TORCH_CHECK(
+      !pos_embed.has_value() || ((pos_rows == N || pos_rows == P + N) &&
+                                 pos_embed->numel() == pos_rows * C && type_of(*pos_embed) == type),
+      "patch_embed: pos_embed does not fit");
   Tensor tokens = empty({B, P + N, C}, weight.scalar_type());
   if (tokens.numel() == 0) return tokens;
 
   Scratch scratch;
-  const Patches patches{Ci, Kh, Kw, stride, padding[0], padding[1], Hp, Wp, Wo, N, Ci <= 4 && Kw >= 8};
+  const Patches patches{Ci, Kh, Kw, stride, padding[0],        padding[1],
+                        Hp, Wp, Wo, N,      Ci <= 4 && Kw >= 8};
   const float* panels;
   if (packed.has_value()) {
-    STD_TORCH_CHECK(packed->numel() == simd::packed_floats(C, K) && packed->scalar_type() == ScalarType::Float,
-                    "patch_embed: packed is not pack_patch(weight)");
+    STD_TORCH_CHECK(
+        packed->numel() == simd::packed_floats(C, K) && packed->scalar_type() == ScalarType::Float,
+        "patch_embed: packed is not pack_patch(weight)");
     panels = (const float*)packed->const_data_ptr();
   } else {
-    Tensor w = patches.planar ? weight : torch::stable::transpose(torch::stable::transpose(weight, 1, 2), 2, 3);
+    Tensor w = patches.planar
+                   ? weight
+                   : torch::stable::transpose(torch::stable::transpose(weight, 1, 2), 2, 3);
     w = torch::stable::contiguous(w);
     panels = pack_weight(scratch, w.const_data_ptr(), type, K, 1, C, K);
   }
@@ -116,7 +135,9 @@ Tensor patch_embed(Tensor image, Tensor weight, std::optional<Tensor> bias, std:
       float* normed = raw + first * C;
       simd::layer_norm(normed, Type::kFloat, C, rows, C, norm, norm_shift, (float)eps, normed, C);
       simd::from_float(normed, C, rows, C, offset(patch_tokens, type, first * C), type, C);
-      if (patch_pos) add_into(offset(patch_tokens, type, first * C), offset(patch_pos, type, first * C), type, rows * C);
+      if (patch_pos)
+        add_into(offset(patch_tokens, type, first * C), offset(patch_pos, type, first * C), type,
+                 rows * C);
     });
   }
   return tokens;

@@ -11,17 +11,24 @@ namespace {
 using simd::Depthwise;
 using simd::Type;
 
-Depthwise geometry(const Tensor& x, const Tensor& weight, int64_t H, int64_t W, int64_t prefix, int64_t stride,
-                   int64_t padding) {
+Depthwise geometry(const Tensor& x, const Tensor& weight, int64_t H, int64_t W, int64_t prefix,
+                   int64_t stride, int64_t padding) {
   const int64_t K = weight.size(3), C = x.size(2);
   STD_TORCH_CHECK(x.dim() == 3 && H > 0 && W > 0 && prefix >= 0 && x.size(1) == prefix + H * W,
                   "peg: x does not fit its grid");
-  STD_TORCH_CHECK(weight.dim() == 4 && weight.size(0) == C && weight.size(1) == 1 && weight.size(2) == K && K > 0 &&
-                      type_of(weight) == type_of(x),
+  STD_TORCH_CHECK(weight.dim() == 4 && weight.size(0) == C && weight.size(1) == 1 &&
+                      weight.size(2) == K && K > 0 && type_of(weight) == type_of(x),
                   "peg: weight does not fit x");
   STD_TORCH_CHECK(stride > 0 && padding >= 0 && H + 2 * padding >= K && W + 2 * padding >= K,
                   "peg: the kernel does not fit the grid");
-  return {H, W, C, K, stride, padding, (H + 2 * padding - K) / stride + 1, (W + 2 * padding - K) / stride + 1};
+  return {H,
+          W,
+          C,
+          K,
+          stride,
+          padding,
+          (H + 2 * padding - K) / stride + 1,
+          (W + 2 * padding - K) / stride + 1};
 }
 
 // weight (C, 1, K, K) as fp32 taps (K * K, C), so that channels lie side by side.
@@ -37,11 +44,13 @@ const float* taps_of(Scratch& scratch, const Tensor& weight) {
   return taps;
 }
 
-Tensor peg(Tensor input, Tensor weight, std::optional<Tensor> bias, int64_t H, int64_t W, int64_t prefix, int64_t stride,
-           int64_t padding, bool residual, int64_t activation, bool gate) {
+Tensor peg(Tensor input, Tensor weight, std::optional<Tensor> bias, int64_t H, int64_t W,
+           int64_t prefix, int64_t stride, int64_t padding, bool residual, int64_t activation,
+           bool gate) {
   const Depthwise d = geometry(input, weight, H, W, prefix, stride, padding);
   STD_TORCH_CHECK(!bias.has_value() || bias->numel() == d.C, "peg: bias does not fit x");
-  STD_TORCH_CHECK(!(residual || gate) || (d.Ho == H && d.Wo == W), "peg: residual and gate need equal grids");
+  STD_TORCH_CHECK(!(residual || gate) || (d.Ho == H && d.Wo == W),
+                  "peg: residual and gate need equal grids");
   const int64_t B = input.size(0), N = prefix + H * W, No = prefix + d.Ho * d.Wo;
   Tensor output = empty({B, No, d.C}, input.scalar_type());
   if (output.numel() == 0) return output;
@@ -61,18 +70,21 @@ Tensor peg(Tensor input, Tensor weight, std::optional<Tensor> bias, int64_t H, i
       const void* image = offset(from, type, b * stride_b);
       void* tokens = offset(to, type, b * No * d.C);
       if (ho == 0 && prefix > 0) std::memcpy(tokens, image, prefix * d.C * size_of(type));
-      simd::depthwise_row(offset(image, type, prefix * d.C), type, taps, shift, d, ho, residual, gate, activation,
-                          offset(tokens, type, prefix * d.C));
+      simd::depthwise_row(offset(image, type, prefix * d.C), type, taps, shift, d, ho, residual,
+                          gate, activation, offset(tokens, type, prefix * d.C));
     }
   });
   return output;
 }
 
-std::tuple<Tensor, Tensor, Tensor> peg_backward(Tensor dy, Tensor x, Tensor weight, int64_t H, int64_t W, int64_t prefix,
-                                                int64_t stride, int64_t padding, bool residual) {
+std::tuple<Tensor, Tensor, Tensor> peg_backward(Tensor dy, Tensor x, Tensor weight, int64_t H,
+                                                int64_t W, int64_t prefix, int64_t stride,
+                                                int64_t padding, bool residual) {
   const Depthwise d = geometry(x, weight, H, W, prefix, stride, padding);
-  const int64_t B = x.size(0), N = prefix + H * W, No = prefix + d.Ho * d.Wo, C = d.C, KK = d.K * d.K;
-  STD_TORCH_CHECK(dy.numel() == B * No * C && type_of(dy) == type_of(x), "peg_backward: dy does not fit x");
+  const int64_t B = x.size(0), N = prefix + H * W, No = prefix + d.Ho * d.Wo, C = d.C,
+                KK = d.K * d.K;
+  STD_TORCH_CHECK(dy.numel() == B * No * C && type_of(dy) == type_of(x),
+                  "peg_backward: dy does not fit x");
   Tensor dx = empty({B, N, C}, x.scalar_type());
   Tensor dweight = empty({C, 1, d.K, d.K}, x.scalar_type()), dbias = empty({C}, x.scalar_type());
   dy = torch::stable::contiguous(dy);
@@ -87,16 +99,19 @@ std::tuple<Tensor, Tensor, Tensor> peg_backward(Tensor dy, Tensor x, Tensor weig
   const void *gradients = dy.const_data_ptr(), *tokens = x.const_data_ptr();
   void* to = dx.mutable_data_ptr();
   const int64_t slice = simd::channel_block();
-  // A slice of channels takes all images in order: no two threads add to the same number, whatever their count.
+  // A slice of channels takes all images in order: no two threads add to the same number, whatever
+  // their count.
   parallel(divide_up(C, slice), [=](int64_t begin, int64_t end) {
     for (int64_t s = begin; s < end; ++s)
       for (int64_t b = 0; b < B; ++b)
         simd::depthwise_backward(offset(gradients, type, (b * No + prefix) * C),
-                                 offset(tokens, type, (b * N + prefix) * C), type, taps, d, residual, s * slice,
-                                 std::min((s + 1) * slice, C), offset(to, type, (b * N + prefix) * C), dtaps, shifts);
+                                 offset(tokens, type, (b * N + prefix) * C), type, taps, d,
+                                 residual, s * slice, std::min((s + 1) * slice, C),
+                                 offset(to, type, (b * N + prefix) * C), dtaps, shifts);
   });
   for (int64_t b = 0; b < B && prefix > 0; ++b)
-    std::memcpy(offset(to, type, b * N * C), offset(gradients, type, b * No * C), prefix * C * size_of(type));
+    std::memcpy(offset(to, type, b * N * C), offset(gradients, type, b * No * C),
+                prefix * C * size_of(type));
   float* row = scratch.take(KK);
   for (int64_t c = 0; c < C; ++c) {
     for (int64_t t = 0; t < KK; ++t) row[t] = dtaps[t * C + c];

@@ -7,8 +7,8 @@ inline namespace HYBRIDOPS_SIMD {
 
 enum Activation : int64_t { kNone, kRelu, kGelu, kGeluTanh, kSilu, kHardswish };
 
-// erf(z) as z P(z^2) / Q(z^2), a minimax fit of our own on |z| <= 3.92, clamped beyond: absolute error 3e-7.
-// The constant comes first in each comparison, so that a NaN passes through.
+// erf(z) as z P(z^2) / Q(z^2), a minimax fit of our own on |z| <= 3.92, clamped beyond: absolute
+// error 3e-7. The constant comes first in each comparison, so that a NaN passes through.
 HYBRIDOPS_INLINE Vec erf(Vec z) {
   z = max(splat(-3.92f), min(splat(3.92f), z));
   const Vec u = z * z;

@@ -14,12 +14,14 @@ constexpr int64_t kQueryBlock = 64;  // at most: 64 x 577 scores stay in a 512 K
 
 HYBRIDOPS_INLINE int64_t round_up(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
 
-// An odd number of cache lines per row, so that walking down a column (the transposed products) uses every cache set.
+// An odd number of cache lines per row, so that walking down a column (the transposed products)
+// uses every cache set.
 HYBRIDOPS_INLINE int64_t skewed(int64_t n) { return ((n + 15) / 16 | 1) * 16; }
 
-// scores <- exp(scores + bias - max); lse and 1 / sum per row. A row of nothing but -inf gives zeros.
-void softmax_rows(float* scores, int64_t stride, int64_t rows, int64_t n, const float* bias, int64_t bias_stride,
-                  float* lse, float* inverse_sum) {
+// scores <- exp(scores + bias - max); lse and 1 / sum per row. A row of nothing but -inf gives
+// zeros.
+void softmax_rows(float* scores, int64_t stride, int64_t rows, int64_t n, const float* bias,
+                  int64_t bias_stride, float* lse, float* inverse_sum) {
   const int64_t padded = round_up(n);
   for (int64_t r = 0; r < rows; ++r, scores += stride) {
     std::fill(scores + n, scores + padded, -__builtin_inff());
@@ -47,8 +49,9 @@ void softmax_rows(float* scores, int64_t stride, int64_t rows, int64_t n, const 
 }
 
 // p <- exp(p + bias - lse), dp <- p * (dp - delta); dbias += dp
-void softmax_backward_rows(float* p, float* dp, int64_t stride, int64_t rows, int64_t n, const float* bias,
-                           int64_t bias_stride, const float* lse, const float* delta, float* dbias) {
+void softmax_backward_rows(float* p, float* dp, int64_t stride, int64_t rows, int64_t n,
+                           const float* bias, int64_t bias_stride, const float* lse,
+                           const float* delta, float* dbias) {
   for (int64_t r = 0; r < rows; ++r, p += stride, dp += stride) {
     const bool dead = lse[r] == -__builtin_inff();
     for (int64_t i = 0; i < n; i += kLanes) {
@@ -75,7 +78,8 @@ void scaled_queries(HeadRows q, int64_t rows, int64_t D, float scale, float* y) 
 
 float dot(const float* a, const float* b, int64_t n) {
   Vec total{};
-  for (int64_t i = 0; i < n; i += kLanes) total = fma(load_some(a + i, n - i), load_some(b + i, n - i), total);
+  for (int64_t i = 0; i < n; i += kLanes)
+    total = fma(load_some(a + i, n - i), load_some(b + i, n - i), total);
   return sum(total);
 }
 
@@ -84,8 +88,8 @@ HeadRows from(HeadRows rows, int64_t begin) {
   return {(const char*)rows.data + begin * rows.stride * size, rows.type, rows.stride};
 }
 
-void multiply_all(const float* a, int64_t stride, int64_t length, int64_t rows, const float* packed, int64_t N,
-                  const Output& output) {
+void multiply_all(const float* a, int64_t stride, int64_t length, int64_t rows, const float* packed,
+                  int64_t N, const Output& output) {
   product(Rows{a, plain_rows(stride), length}, 0, rows, packed, N, 0, panel_count(N), output);
 }
 
@@ -93,14 +97,19 @@ void multiply_all(const float* a, int64_t stride, int64_t length, int64_t rows, 
 }  // namespace HYBRIDOPS_SIMD
 
 int64_t query_block(int64_t Nq) {
-  // Equal blocks, so that no block is left with a few rows: 49 tokens are one block, 197 are 50 + 50 + 50 + 47.
+  // Equal blocks, so that no block is left with a few rows: 49 tokens are one block, 197 are 50 +
+  // 50 + 50 + 47.
   const int64_t blocks = (Nq + kQueryBlock - 1) / kQueryBlock;
   return blocks ? (Nq + blocks - 1) / blocks : 1;
 }
 int64_t score_stride(int64_t Nk) { return skewed(Nk); }
-int64_t packed_head_floats(const Head& h) { return packed_floats(h.Nk, h.D) + packed_floats(h.Dv, h.Nk); }
+int64_t packed_head_floats(const Head& h) {
+  return packed_floats(h.Nk, h.D) + packed_floats(h.Dv, h.Nk);
+}
 
-int64_t forward_scratch_floats(const Head& h) { return kQueryBlock * (score_stride(h.Nk) + h.D + 1); }
+int64_t forward_scratch_floats(const Head& h) {
+  return kQueryBlock * (score_stride(h.Nk) + h.D + 1);
+}
 
 int64_t backward_scratch_floats(const Head& h) {
   return packed_floats(h.Nk, h.D) + packed_floats(h.Nk, h.Dv) + packed_floats(h.D, h.Nk) +
@@ -110,12 +119,13 @@ int64_t backward_scratch_floats(const Head& h) {
 
 void pack_head(const Head& h, HeadRows k, HeadRows v, float* packed) {
   pack(k.data, k.type, 1, k.stride, h.D, h.Nk, 0, panel_count(h.Nk), packed);
-  pack(v.data, v.type, v.stride, 1, h.Nk, h.Dv, 0, panel_count(h.Dv), packed + packed_floats(h.Nk, h.D));
+  pack(v.data, v.type, v.stride, 1, h.Nk, h.Dv, 0, panel_count(h.Dv),
+       packed + packed_floats(h.Nk, h.D));
 }
 
-void attention_forward(const Head& h, HeadRows q, int64_t begin, int64_t rows, const float* packed, const float* bias,
-                       int64_t bias_stride, int64_t activation, void* out, int64_t out_stride, float* lse,
-                       float* scratch) {
+void attention_forward(const Head& h, HeadRows q, int64_t begin, int64_t rows, const float* packed,
+                       const float* bias, int64_t bias_stride, int64_t activation, void* out,
+                       int64_t out_stride, float* lse, float* scratch) {
   const int64_t stride = score_stride(h.Nk);
   float* scores = scratch;
   float* queries = scores + kQueryBlock * stride;
@@ -129,8 +139,9 @@ void attention_forward(const Head& h, HeadRows q, int64_t begin, int64_t rows, c
   multiply_all(scores, stride, h.Nk, rows, packed + packed_floats(h.Nk, h.D), h.Dv, output);
 }
 
-void attention_backward(const Head& h, HeadRows q, HeadRows k, HeadRows v, HeadRows dy, HeadRows out, const float* lse,
-                        BiasRows bias, float* dq, float* dk, float* dv, float* dbias, float* scratch) {
+void attention_backward(const Head& h, HeadRows q, HeadRows k, HeadRows v, HeadRows dy,
+                        HeadRows out, const float* lse, BiasRows bias, float* dq, float* dk,
+                        float* dv, float* dbias, float* scratch) {
   float* next = scratch;
   const auto take = [&next](int64_t n) {
     float* p = next;
@@ -164,12 +175,14 @@ void attention_backward(const Head& h, HeadRows q, HeadRows k, HeadRows v, HeadR
     scaled_queries(from(q, begin), rows, h.D, h.scale, queries);
     to_float(from(dy, begin).data, dy.type, dy.stride, rows, h.Dv, gradients, h.Dv);
     to_float(from(out, begin).data, out.type, out.stride, rows, h.Dv, outputs, h.Dv);
-    for (int64_t r = 0; r < rows; ++r) delta[r] = dot(gradients + r * h.Dv, outputs + r * h.Dv, h.Dv);
+    for (int64_t r = 0; r < rows; ++r)
+      delta[r] = dot(gradients + r * h.Dv, outputs + r * h.Dv, h.Dv);
 
     plain_product(queries, h.D, rows, h.D, k_columns, h.Nk, p, stride);
     plain_product(gradients, h.Dv, rows, h.Dv, v_columns, h.Nk, dp, stride);
     int64_t bias_stride = 0;
-    const float* bias_rows = bias.rows ? bias.rows(bias.context, begin, rows, &bias_stride) : nullptr;
+    const float* bias_rows =
+        bias.rows ? bias.rows(bias.context, begin, rows, &bias_stride) : nullptr;
     softmax_backward_rows(p, dp, stride, rows, h.Nk, bias_rows, bias_stride, lse + begin, delta,
                           dbias ? dbias + begin * h.Nk : nullptr);
 

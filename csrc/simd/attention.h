@@ -1,4 +1,5 @@
-// One head of attention at a time, on a block of query rows. See hybridops/ops/attention.py for the meaning.
+// One head of attention at a time, on a block of query rows. See hybridops/ops/attention.py for the
+// meaning.
 #pragma once
 #include <cstdint>
 
@@ -18,30 +19,34 @@ struct Head {
   float scale;
 };
 
-int64_t query_block(int64_t Nq);      // rows of a block
-int64_t score_stride(int64_t Nk);     // numbers between rows of scores
+int64_t query_block(int64_t Nq);   // rows of a block
+int64_t score_stride(int64_t Nk);  // numbers between rows of scores
 int64_t packed_head_floats(const Head& head);
 int64_t forward_scratch_floats(const Head& head);
 int64_t backward_scratch_floats(const Head& head);
 
-// Keys as columns (for the scores) and values as rows (for the outputs), shared by all blocks of a head.
+// Keys as columns (for the scores) and values as rows (for the outputs), shared by all blocks of a
+// head.
 void pack_head(const Head& head, HeadRows k, HeadRows v, float* packed);
 
-// Rows [begin, begin + rows) of the output and of the log-sum-exp. `bias` (rows of `bias_stride` fp32 numbers, starting
-// at row `begin`) may be null.
-void attention_forward(const Head& head, HeadRows q, int64_t begin, int64_t rows, const float* packed,
-                       const float* bias, int64_t bias_stride, int64_t activation, void* out, int64_t out_stride,
-                       float* lse, float* scratch);
+// Rows [begin, begin + rows) of the output and of the log-sum-exp. `bias` (rows of `bias_stride`
+// fp32 numbers, starting at row `begin`) may be null.
+void attention_forward(const Head& head, HeadRows q, int64_t begin, int64_t rows,
+                       const float* packed, const float* bias, int64_t bias_stride,
+                       int64_t activation, void* out, int64_t out_stride, float* lse,
+                       float* scratch);
 
-// A source of bias rows: fp32 numbers of query rows [begin, begin + rows), in rows of *stride; null for no bias.
+// A source of bias rows: fp32 numbers of query rows [begin, begin + rows), in rows of *stride; null
+// for no bias.
 struct BiasRows {
   const float* (*rows)(const void* context, int64_t begin, int64_t rows, int64_t* stride);
   const void* context;
 };
 
 // dq, dk, dv of a whole head into fp32 rows; dbias (Nq x Nk, or null) is added to.
-void attention_backward(const Head& head, HeadRows q, HeadRows k, HeadRows v, HeadRows dy, HeadRows out,
-                        const float* lse, BiasRows bias, float* dq, float* dk, float* dv, float* dbias, float* scratch);
+void attention_backward(const Head& head, HeadRows q, HeadRows k, HeadRows v, HeadRows dy,
+                        HeadRows out, const float* lse, BiasRows bias, float* dq, float* dk,
+                        float* dv, float* dbias, float* scratch);
 
 // row[j] = table[index[j]], for a block of rows
 void gather_bias(const float* table, const int64_t* index, int64_t n, float* row);

@@ -9,7 +9,8 @@ inline namespace HYBRIDOPS_SIMD {
 namespace {
 
 template <class T>
-void load_rows(const Image& image, int64_t top, int64_t left, int64_t Wp, int64_t begin, int64_t end, float* buffer) {
+void load_rows(const Image& image, int64_t top, int64_t left, int64_t Wp, int64_t begin,
+               int64_t end, float* buffer) {
   const T* data = (const T*)image.data;
   for (int64_t row = begin; row < end; ++row) {
     float* to = buffer + row * Wp * image.C;
@@ -23,13 +24,15 @@ void load_rows(const Image& image, int64_t top, int64_t left, int64_t Wp, int64_
     to += left * image.C;
     for (int64_t c = 0; c < image.C; ++c) {
       const T* from = data + h * image.stride_h + c * image.stride_c;
-      for (int64_t w = 0; w < image.W; ++w) to[w * image.C + c] = to_float(from[w * image.stride_w]);
+      for (int64_t w = 0; w < image.W; ++w)
+        to[w * image.C + c] = to_float(from[w * image.stride_w]);
     }
   }
 }
 
 template <class T>
-void load_plane_rows(const Image& image, int64_t top, int64_t left, int64_t Hp, int64_t Wp, float* buffer) {
+void load_plane_rows(const Image& image, int64_t top, int64_t left, int64_t Hp, int64_t Wp,
+                     float* buffer) {
   const T* data = (const T*)image.data;
   std::fill(buffer, buffer + image.C * Hp * Wp, 0.0f);
   for (int64_t c = 0; c < image.C; ++c)
@@ -47,27 +50,33 @@ HYBRIDOPS_INLINE const float* window_start(const float* buffer, const Window2d& 
 }  // namespace
 }  // namespace HYBRIDOPS_SIMD
 
-void load_padded(const Image& image, int64_t top, int64_t left, int64_t Wp, int64_t begin, int64_t end, float* buffer) {
+void load_padded(const Image& image, int64_t top, int64_t left, int64_t Wp, int64_t begin,
+                 int64_t end, float* buffer) {
   if (image.type == Type::kFloat) return load_rows<float>(image, top, left, Wp, begin, end, buffer);
-  if (image.type == Type::kByte) return load_rows<uint8_t>(image, top, left, Wp, begin, end, buffer);
+  if (image.type == Type::kByte)
+    return load_rows<uint8_t>(image, top, left, Wp, begin, end, buffer);
   load_rows<BFloat16>(image, top, left, Wp, begin, end, buffer);
 }
 
-void load_planes(const Image& image, int64_t top, int64_t left, int64_t Hp, int64_t Wp, float* buffer) {
+void load_planes(const Image& image, int64_t top, int64_t left, int64_t Hp, int64_t Wp,
+                 float* buffer) {
   if (image.type == Type::kFloat) return load_plane_rows<float>(image, top, left, Hp, Wp, buffer);
   if (image.type == Type::kByte) return load_plane_rows<uint8_t>(image, top, left, Hp, Wp, buffer);
   load_plane_rows<BFloat16>(image, top, left, Hp, Wp, buffer);
 }
 
-void gather_patches(const float* buffer, const Window2d& w, int64_t begin, int64_t rows, float* patches) {
+void gather_patches(const float* buffer, const Window2d& w, int64_t begin, int64_t rows,
+                    float* patches) {
   const int64_t run = w.Kw * w.C;
   for (int64_t m = 0; m < rows; ++m) {
     const float* from = window_start(buffer, w, begin + m);
-    for (int64_t i = 0; i < w.Kh; ++i, patches += run) std::copy_n(from + i * w.Wp * w.C, run, patches);
+    for (int64_t i = 0; i < w.Kh; ++i, patches += run)
+      std::copy_n(from + i * w.Wp * w.C, run, patches);
   }
 }
 
-void scatter_patches(const float* patches, const Window2d& w, int64_t begin, int64_t rows, float* buffer) {
+void scatter_patches(const float* patches, const Window2d& w, int64_t begin, int64_t rows,
+                     float* buffer) {
   const int64_t run = w.Kw * w.C;
   for (int64_t m = 0; m < rows; ++m) {
     float* to = const_cast<float*>(window_start(buffer, w, begin + m));

@@ -13,20 +13,25 @@ struct Image {
   int64_t C, H, W, stride_c, stride_h, stride_w;
 };
 
-// Rows [begin, end) of a buffer (Hp, Wp, C) that holds the image at (top, left) and zeros around it.
-void load_padded(const Image& image, int64_t top, int64_t left, int64_t Wp, int64_t begin, int64_t end, float* buffer);
+// Rows [begin, end) of a buffer (Hp, Wp, C) that holds the image at (top, left) and zeros around
+// it.
+void load_padded(const Image& image, int64_t top, int64_t left, int64_t Wp, int64_t begin,
+                 int64_t end, float* buffer);
 
 // The same as planes (C, Hp, Wp).
-void load_planes(const Image& image, int64_t top, int64_t left, int64_t Hp, int64_t Wp, float* buffer);
+void load_planes(const Image& image, int64_t top, int64_t left, int64_t Hp, int64_t Wp,
+                 float* buffer);
 
 struct Window2d {
   int64_t Kh, Kw, stride, C, Wp, Wo;  // of a (Hp, Wp, C) buffer
 };
 
 // patches[m] = the Kh * Kw * C numbers under output pixel begin + m, in rows of Kh * Kw * C.
-void gather_patches(const float* buffer, const Window2d& w, int64_t begin, int64_t rows, float* patches);
+void gather_patches(const float* buffer, const Window2d& w, int64_t begin, int64_t rows,
+                    float* patches);
 // buffer += patches, back to where gather_patches read them.
-void scatter_patches(const float* patches, const Window2d& w, int64_t begin, int64_t rows, float* buffer);
+void scatter_patches(const float* patches, const Window2d& w, int64_t begin, int64_t rows,
+                     float* buffer);
 
 // Max-pool of a (Hp, Wp, C) buffer: output row `ho`, (Wo, C) numbers in `type`. NaN wins.
 void max_pool_row(const float* buffer, const Window2d& w, int64_t ho, void* y, Type type);

@@ -1,4 +1,5 @@
-// Depthwise convolution on tokens: one image's output rows, or one slice of channels of its gradients.
+// Depthwise convolution on tokens: one image's output rows, or one slice of channels of its
+// gradients.
 #pragma once
 #include <cstdint>
 
@@ -10,15 +11,18 @@ struct Depthwise {
   int64_t H, W, C, K, stride, padding, Ho, Wo;
 };
 
-// Output row `ho` of one image: x (H, W, C), taps (K * K, C) and bias (C, or null) in fp32, y (Ho, Wo, C); x and y in
-// `type`. y = activation(conv) + x where residual, x * sigmoid(activation(conv)) where gate.
-void depthwise_row(const void* x, Type type, const float* taps, const float* bias, const Depthwise& d, int64_t ho,
-                   bool residual, bool gate, int64_t activation, void* y);
+// Output row `ho` of one image: x (H, W, C), taps (K * K, C) and bias (C, or null) in fp32, y (Ho,
+// Wo, C); x and y in `type`. y = activation(conv) + x where residual, x * sigmoid(activation(conv))
+// where gate.
+void depthwise_row(const void* x, Type type, const float* taps, const float* bias,
+                   const Depthwise& d, int64_t ho, bool residual, bool gate, int64_t activation,
+                   void* y);
 
-// Channels [begin, end) of one image, in one pass: dx (H, W, C) written, dtaps (K * K, C) and dbias (C) added to.
-// Tokens of an image lie C apart.
-void depthwise_backward(const void* dy, const void* x, Type type, const float* taps, const Depthwise& d, bool residual,
-                        int64_t begin, int64_t end, void* dx, float* dtaps, float* dbias);
+// Channels [begin, end) of one image, in one pass: dx (H, W, C) written, dtaps (K * K, C) and dbias
+// (C) added to. Tokens of an image lie C apart.
+void depthwise_backward(const void* dy, const void* x, Type type, const float* taps,
+                        const Depthwise& d, bool residual, int64_t begin, int64_t end, void* dx,
+                        float* dtaps, float* dbias);
 
 int64_t channel_block();  // slices of channels in multiples of it waste nothing
 

@@ -15,7 +15,9 @@ struct Cursor {
   const Grid& grid;
   int64_t outer, inner;
   Cursor(const Grid& g, int64_t row)
-      : grid(g), outer(row < g.inner ? 0 : row / g.inner), inner(row < g.inner ? row : row % g.inner) {}
+      : grid(g),
+        outer(row < g.inner ? 0 : row / g.inner),
+        inner(row < g.inner ? row : row % g.inner) {}
   int64_t next() {
     const int64_t at = outer * grid.outer_stride + inner * grid.inner_stride;
     if (++inner == grid.inner) inner = 0, ++outer;
@@ -23,17 +25,22 @@ struct Cursor {
   }
 };
 
-// Brings the next panel into L2 while this one is multiplied, a share with every row tile. Weights of a whole model
-// come from L3 or DRAM at batch 1, where the first tile of each panel would otherwise wait for them.
+// Brings the next panel into L2 while this one is multiplied, a share with every row tile. Weights
+// of a whole model come from L3 or DRAM at batch 1, where the first tile of each panel would
+// otherwise wait for them.
 struct Ahead {
   const float* panel;
   int64_t floats, row_begin, per_row;
 
   Ahead(const float* next, int64_t n, int64_t begin, int64_t end)
-      : panel(next), floats(n), row_begin(begin), per_row((n / 16 + end - begin) / (end - begin + 1) * 16) {}
+      : panel(next),
+        floats(n),
+        row_begin(begin),
+        per_row((n / 16 + end - begin) / (end - begin + 1) * 16) {}
   HYBRIDOPS_INLINE void fetch(int64_t m, int rows) const {
     const int64_t from = (m - row_begin) * per_row, to = from + rows * per_row;
-    for (int64_t i = from; i < (to < floats ? to : floats); i += 16) _mm_prefetch((const char*)(panel + i), _MM_HINT_T1);
+    for (int64_t i = from; i < (to < floats ? to : floats); i += 16)
+      _mm_prefetch((const char*)(panel + i), _MM_HINT_T1);
   }
 };
 
@@ -83,7 +90,8 @@ struct ProductTile {
       }
     }
     if (output.activation != kNone) {
-      Vec flat[MR * NV];  // a copy, so that the tile itself is never indexed at run time and stays in registers
+      Vec flat[MR * NV];  // a copy, so that the tile itself is never indexed at run time and stays
+                          // in registers
       HYBRIDOPS_UNROLL for (int i = 0; i < MR * NV; ++i) flat[i] = tile[i / NV][i % NV];
       activate(flat, MR * NV, output.activation);
       HYBRIDOPS_UNROLL for (int i = 0; i < MR * NV; ++i) tile[i / NV][i % NV] = flat[i];
@@ -92,7 +100,8 @@ struct ProductTile {
     Cursor to(output.grid, m), along(output.residual_grid, m);
     HYBRIDOPS_UNROLL for (int i = 0; i < MR; ++i) {
       T* y = (T*)output.data + to.next() + column;
-      const T* residual = output.residual ? (const T*)output.residual + along.next() + column : nullptr;
+      const T* residual =
+          output.residual ? (const T*)output.residual + along.next() + column : nullptr;
       HYBRIDOPS_UNROLL for (int v = 0; v < NV; ++v) {
         const int64_t n = v * kLanes, left = whole ? kLanes : N - column - n;
         Vec x = tile[i][v];
@@ -127,8 +136,8 @@ struct PlainTile {
       k += length;
     }
     totals.collect(tile);
-    HYBRIDOPS_UNROLL for (int i = 0; i < MR; ++i)
-      HYBRIDOPS_UNROLL for (int v = 0; v < NV; ++v) store(c + (m + i) * stride_c + v * kLanes, tile[i][v]);
+    HYBRIDOPS_UNROLL for (int i = 0; i < MR; ++i) HYBRIDOPS_UNROLL for (int v = 0; v < NV; ++v)
+        store(c + (m + i) * stride_c + v * kLanes, tile[i][v]);
   }
 };
 
@@ -158,8 +167,8 @@ struct TransposedTile {
 };
 
 template <class T>
-void pack_panel(const T* source, int64_t stride_k, int64_t stride_n, int64_t K, int64_t columns, int64_t width,
-                float* panel) {
+void pack_panel(const T* source, int64_t stride_k, int64_t stride_n, int64_t K, int64_t columns,
+                int64_t width, float* panel) {
   if (stride_n == 1) {
     for (int64_t k = 0; k < K; ++k)
       for (int64_t n = 0; n < width; n += kLanes) {
@@ -173,13 +182,15 @@ void pack_panel(const T* source, int64_t stride_k, int64_t stride_n, int64_t K, 
     if (stride_k == 1)
       for (; n + 8 <= columns; n += 8) {
         int64_t k = 0;
-        for (; k + 8 <= K; k += 8) transpose8(source + n * stride_n + k, stride_n, panel + k * width + n, width);
+        for (; k + 8 <= K; k += 8)
+          transpose8(source + n * stride_n + k, stride_n, panel + k * width + n, width);
         for (; k < K; ++k)
           for (int64_t i = n; i < n + 8; ++i) panel[k * width + i] = source[i * stride_n + k];
       }
   for (; n < width; ++n) {
     const T* column = source + n * stride_n;
-    for (int64_t k = 0; k < K; ++k) panel[k * width + n] = n < columns ? to_float(column[k * stride_k]) : 0.0f;
+    for (int64_t k = 0; k < K; ++k)
+      panel[k * width + n] = n < columns ? to_float(column[k * stride_k]) : 0.0f;
   }
 }
 
@@ -201,15 +212,18 @@ HYBRIDOPS_INLINE float sum_row(const T* x, int64_t n, const F& f) {
 }
 
 template <class T>
-void layer_norm_rows(const T* x, int64_t stride_x, int64_t rows, int64_t n, const float* weight, const float* bias,
-                     float eps, float* y, int64_t stride_y) {
+void layer_norm_rows(const T* x, int64_t stride_x, int64_t rows, int64_t n, const float* weight,
+                     const float* bias, float eps, float* y, int64_t stride_y) {
   for (int64_t r = 0; r < rows; ++r, x += stride_x, y += stride_y) {
     const float mean = sum_row(x, n, [](Vec v) { return v; }) / (float)n;
-    const float variance = sum_row(x, n, [mean](Vec v) { return (v - mean) * (v - mean); }) / (float)n;
+    const float variance =
+        sum_row(x, n, [mean](Vec v) { return (v - mean) * (v - mean); }) / (float)n;
     const float rstd = 1.0f / std::sqrt(variance + eps);
     const auto normed = [=](int64_t i, int64_t left) {
       const Vec shift = bias ? load_some(bias + i, left) : Vec{};
-      store_some(y + i, fma((load_some(x + i, left) - mean) * rstd, load_some(weight + i, left), shift), left);
+      store_some(y + i,
+                 fma((load_some(x + i, left) - mean) * rstd, load_some(weight + i, left), shift),
+                 left);
     };
     int64_t i = 0;
     for (; i + kLanes <= n; i += kLanes) normed(i, kLanes);
@@ -224,22 +238,24 @@ int64_t panel_count(int64_t N) { return Panels(N).count; }
 int64_t packed_floats(int64_t N, int64_t K) { return Panels(N).vectors * kLanes * K; }
 int64_t row_tile() { return kRows<kPanel>; }
 
-void pack(const void* source, Type type, int64_t stride_k, int64_t stride_n, int64_t K, int64_t N, int64_t panel_begin,
-          int64_t panel_end, float* packed) {
+void pack(const void* source, Type type, int64_t stride_k, int64_t stride_n, int64_t K, int64_t N,
+          int64_t panel_begin, int64_t panel_end, float* packed) {
   const Panels panels(N);
   for (int64_t p = panel_begin; p < panel_end; ++p) {
     const int64_t first = panels.offset(p) * kLanes, width = panels.width(p) * kLanes;
     const int64_t columns = N - first < width ? N - first : width;
     float* panel = packed + first * K;
     if (type == Type::kFloat)
-      pack_panel((const float*)source + first * stride_n, stride_k, stride_n, K, columns, width, panel);
+      pack_panel((const float*)source + first * stride_n, stride_k, stride_n, K, columns, width,
+                 panel);
     else
-      pack_panel((const BFloat16*)source + first * stride_n, stride_k, stride_n, K, columns, width, panel);
+      pack_panel((const BFloat16*)source + first * stride_n, stride_k, stride_n, K, columns, width,
+                 panel);
   }
 }
 
-void product(const Rows& rows, int64_t row_begin, int64_t row_end, const float* packed, int64_t N, int64_t panel_begin,
-             int64_t panel_end, const Output& output) {
+void product(const Rows& rows, int64_t row_begin, int64_t row_end, const float* packed, int64_t N,
+             int64_t panel_begin, int64_t panel_end, const Output& output) {
   const Panels panels(N);
   const int64_t K = rows.count1 * rows.count2 * rows.length;
   for (int64_t p = panel_begin; p < panel_end; ++p) {
@@ -255,26 +271,29 @@ void product(const Rows& rows, int64_t row_begin, int64_t row_end, const float* 
   }
 }
 
-void plain_product(const float* a, int64_t stride_a, int64_t M, int64_t K, const float* packed, int64_t N, float* c,
-                   int64_t stride_c) {
-  const Panels panels(N);
-  for (int64_t p = 0; p < panels.count; ++p) {
-    const int64_t first = panels.offset(p) * kLanes;
-    for_tiles(panels.width(p), 0, M, PlainTile{a, stride_a, K, packed + first * K, c + first, stride_c});
-  }
-}
-
-void product_transposed(const float* a, int64_t stride_a, int64_t M, int64_t K, const float* packed, int64_t N, float* c,
-                        int64_t stride_c, bool accumulate) {
+void plain_product(const float* a, int64_t stride_a, int64_t M, int64_t K, const float* packed,
+                   int64_t N, float* c, int64_t stride_c) {
   const Panels panels(N);
   for (int64_t p = 0; p < panels.count; ++p) {
     const int64_t first = panels.offset(p) * kLanes;
     for_tiles(panels.width(p), 0, M,
-              TransposedTile{a, stride_a, K, packed + first * K, first, N, c, stride_c, accumulate});
+              PlainTile{a, stride_a, K, packed + first * K, c + first, stride_c});
   }
 }
 
-void to_float(const void* x, Type type, int64_t stride_x, int64_t rows, int64_t n, float* y, int64_t stride_y) {
+void product_transposed(const float* a, int64_t stride_a, int64_t M, int64_t K, const float* packed,
+                        int64_t N, float* c, int64_t stride_c, bool accumulate) {
+  const Panels panels(N);
+  for (int64_t p = 0; p < panels.count; ++p) {
+    const int64_t first = panels.offset(p) * kLanes;
+    for_tiles(
+        panels.width(p), 0, M,
+        TransposedTile{a, stride_a, K, packed + first * K, first, N, c, stride_c, accumulate});
+  }
+}
+
+void to_float(const void* x, Type type, int64_t stride_x, int64_t rows, int64_t n, float* y,
+              int64_t stride_y) {
   for (int64_t r = 0; r < rows; ++r, y += stride_y)
     for (int64_t i = 0; i < n; i += kLanes)
       store_some(y + i,
@@ -283,7 +302,8 @@ void to_float(const void* x, Type type, int64_t stride_x, int64_t rows, int64_t 
                  n - i);
 }
 
-void from_float(const float* x, int64_t stride_x, int64_t rows, int64_t n, void* y, Type type, int64_t stride_y) {
+void from_float(const float* x, int64_t stride_x, int64_t rows, int64_t n, void* y, Type type,
+                int64_t stride_y) {
   for (int64_t r = 0; r < rows; ++r, x += stride_x)
     for (int64_t i = 0; i < n; i += kLanes) {
       const Vec value = load_some(x + i, n - i);
@@ -294,8 +314,8 @@ void from_float(const float* x, int64_t stride_x, int64_t rows, int64_t n, void*
     }
 }
 
-void layer_norm(const void* x, Type type, int64_t stride_x, int64_t rows, int64_t n, const float* weight,
-                const float* bias, float eps, float* y, int64_t stride_y) {
+void layer_norm(const void* x, Type type, int64_t stride_x, int64_t rows, int64_t n,
+                const float* weight, const float* bias, float eps, float* y, int64_t stride_y) {
   if (type == Type::kFloat)
     layer_norm_rows((const float*)x, stride_x, rows, n, weight, bias, eps, y, stride_y);
   else

@@ -1,6 +1,7 @@
-// The matrix product that every op shares: rows read in place (tokens, image patches), a packed right-hand side, and
-// bias, activation, residual and the final layout written straight from registers. The seam between cpu/ and simd/:
-// tile sizes, panel order and ISA are known only behind it.
+// The matrix product that every op shares: rows read in place (tokens, image patches), a packed
+// right-hand side, and bias, activation, residual and the final layout written straight from
+// registers. The seam between cpu/ and simd/: tile sizes, panel order and ISA are known only behind
+// it.
 #pragma once
 #include <cstdint>
 
@@ -14,8 +15,9 @@ struct Grid {
 };
 inline Grid plain_rows(int64_t stride) { return {INT64_MAX, 0, stride}; }
 
-// The left-hand side: K = count1 * count2 * length numbers per row, in runs of `length` that lie side by side.
-// A row of tokens is one run; a convolution's patch is one run per kernel row (and per plane, in planar images).
+// The left-hand side: K = count1 * count2 * length numbers per row, in runs of `length` that lie
+// side by side. A row of tokens is one run; a convolution's patch is one run per kernel row (and
+// per plane, in planar images).
 struct Rows {
   const float* data;
   Grid grid;
@@ -24,7 +26,8 @@ struct Rows {
   int64_t count2 = 1, stride2 = 0;
 };
 
-// y = activation(row_scale * (rows * packed + bias)) + residual, in `type`, N numbers side by side per row.
+// y = activation(row_scale * (rows * packed + bias)) + residual, in `type`, N numbers side by side
+// per row.
 struct Output {
   void* data;
   Type type;
@@ -36,34 +39,38 @@ struct Output {
   Grid residual_grid = {1, 0, 0};
 };
 
-// The right-hand side (K, N) in panels: groups of columns that a register tile covers, K rows each, padded with zeros.
+// The right-hand side (K, N) in panels: groups of columns that a register tile covers, K rows each,
+// padded with zeros.
 int64_t panel_count(int64_t N);
 int64_t packed_floats(int64_t N, int64_t K);
 int64_t row_tile();  // rows a register tile covers: blocks of rows in multiples of it waste nothing
 
 // Element (k, n) of the source lies at k * stride_k + n * stride_n.
-void pack(const void* source, Type type, int64_t stride_k, int64_t stride_n, int64_t K, int64_t N, int64_t panel_begin,
-          int64_t panel_end, float* packed);
+void pack(const void* source, Type type, int64_t stride_k, int64_t stride_n, int64_t K, int64_t N,
+          int64_t panel_begin, int64_t panel_end, float* packed);
 
-void product(const Rows& rows, int64_t row_begin, int64_t row_end, const float* packed, int64_t N, int64_t panel_begin,
-             int64_t panel_end, const Output& output);
+void product(const Rows& rows, int64_t row_begin, int64_t row_end, const float* packed, int64_t N,
+             int64_t panel_begin, int64_t panel_end, const Output& output);
 
-// The bare product for scores: c (M, N) = a (M, K) * packed, both in rows of fp32. Writes whole vectors: rows of c need
-// room for packed_floats(N, 1) numbers.
-void plain_product(const float* a, int64_t stride_a, int64_t M, int64_t K, const float* packed, int64_t N, float* c,
-                   int64_t stride_c);
+// The bare product for scores: c (M, N) = a (M, K) * packed, both in rows of fp32. Writes whole
+// vectors: rows of c need room for packed_floats(N, 1) numbers.
+void plain_product(const float* a, int64_t stride_a, int64_t M, int64_t K, const float* packed,
+                   int64_t N, float* c, int64_t stride_c);
 
-// c (M, N) = or += a.T * packed, with a (K, M) in rows of `stride_a` numbers and c in rows of `stride_c`.
-void product_transposed(const float* a, int64_t stride_a, int64_t M, int64_t K, const float* packed, int64_t N, float* c,
-                        int64_t stride_c, bool accumulate);
+// c (M, N) = or += a.T * packed, with a (K, M) in rows of `stride_a` numbers and c in rows of
+// `stride_c`.
+void product_transposed(const float* a, int64_t stride_a, int64_t M, int64_t K, const float* packed,
+                        int64_t N, float* c, int64_t stride_c, bool accumulate);
 
 // Rows of n numbers converted to and from fp32.
-void to_float(const void* x, Type type, int64_t stride_x, int64_t rows, int64_t n, float* y, int64_t stride_y);
-void from_float(const float* x, int64_t stride_x, int64_t rows, int64_t n, void* y, Type type, int64_t stride_y);
+void to_float(const void* x, Type type, int64_t stride_x, int64_t rows, int64_t n, float* y,
+              int64_t stride_y);
+void from_float(const float* x, int64_t stride_x, int64_t rows, int64_t n, void* y, Type type,
+                int64_t stride_y);
 
 // LayerNorm over rows of n numbers, in fp32. bias may be null.
-void layer_norm(const void* x, Type type, int64_t stride_x, int64_t rows, int64_t n, const float* weight,
-                const float* bias, float eps, float* y, int64_t stride_y);
+void layer_norm(const void* x, Type type, int64_t stride_x, int64_t rows, int64_t n,
+                const float* weight, const float* bias, float eps, float* y, int64_t stride_y);
 
 // y[n] += sum over rows of x[row][n]
 void add_rows(const float* x, int64_t stride_x, int64_t rows, int64_t n, float* y);

@@ -1,8 +1,8 @@
 // Register tiles: a few rows times a few vectors of columns, accumulated over K in registers.
 //
-// 4 x 24 on AVX2 and 8 x 48 on AVX-512 use 12 and 24 accumulators: enough independent chains to hide the FMA latency,
-// few enough to leave registers for the operands. Measured on Zen 3, M 196, N 768, K 192: 4 x 24 101 GFLOP/s,
-// 6 x 16 100, 5 x 16 97, 3 x 32 44 (spills).
+// 4 x 24 on AVX2 and 8 x 48 on AVX-512 use 12 and 24 accumulators: enough independent chains to
+// hide the FMA latency, few enough to leave registers for the operands. Measured on Zen 3, M 196, N
+// 768, K 192: 4 x 24 101 GFLOP/s, 6 x 16 100, 5 x 16 97, 3 x 32 44 (spills).
 #pragma once
 #include "vec.h"
 
@@ -13,12 +13,15 @@ inline namespace HYBRIDOPS_SIMD {
 
 constexpr int kPanel = 3;  // vectors in a full panel
 template <int NV>
-constexpr int kRows = kLanes == 16 ? 8 : (NV == 3 ? 4 : 6);  // narrow panels take more rows: same number of chains
+constexpr int kRows =
+    kLanes == 16 ? 8 : (NV == 3 ? 4 : 6);  // narrow panels take more rows: same number of chains
 
-// Panels of 3 vectors; a rest of 1 is shared out as 2 + 2, because a single-vector tile runs at half speed.
+// Panels of 3 vectors; a rest of 1 is shared out as 2 + 2, because a single-vector tile runs at
+// half speed.
 struct Panels {
   int64_t vectors, count;
-  explicit Panels(int64_t N) : vectors((N + kLanes - 1) / kLanes), count((vectors + kPanel - 1) / kPanel) {}
+  explicit Panels(int64_t N)
+      : vectors((N + kLanes - 1) / kLanes), count((vectors + kPanel - 1) / kPanel) {}
   int64_t offset(int64_t i) const {
     if (i == count) return vectors;
     return i + 1 == count && vectors % kPanel == 1 && vectors > 1 ? vectors - 2 : i * kPanel;
@@ -31,7 +34,8 @@ using Tile = Vec[MR][NV];
 
 // tile += a[0..MR)[0..length) * b, b in rows of NV vectors
 template <int MR, int NV>
-HYBRIDOPS_INLINE void multiply(Tile<MR, NV>& tile, const float* const (&a)[MR], const float* b, int64_t length) {
+HYBRIDOPS_INLINE void multiply(Tile<MR, NV>& tile, const float* const (&a)[MR], const float* b,
+                               int64_t length) {
   _Pragma("GCC unroll 4") for (int64_t k = 0; k < length; ++k, b += NV * kLanes) {
     Vec right[NV];
     HYBRIDOPS_UNROLL for (int v = 0; v < NV; ++v) right[v] = load(b + v * kLanes);
@@ -44,8 +48,8 @@ HYBRIDOPS_INLINE void multiply(Tile<MR, NV>& tile, const float* const (&a)[MR], 
 
 // The same with a given transposed: a[k * stride + m]
 template <int MR, int NV>
-HYBRIDOPS_INLINE void multiply_transposed(Tile<MR, NV>& tile, const float* a, int64_t stride, const float* b,
-                                          int64_t length) {
+HYBRIDOPS_INLINE void multiply_transposed(Tile<MR, NV>& tile, const float* a, int64_t stride,
+                                          const float* b, int64_t length) {
   for (int64_t k = 0; k < length; ++k, a += stride, b += NV * kLanes) {
     Vec right[NV];
     HYBRIDOPS_UNROLL for (int v = 0; v < NV; ++v) right[v] = load(b + v * kLanes);
@@ -56,8 +60,9 @@ HYBRIDOPS_INLINE void multiply_transposed(Tile<MR, NV>& tile, const float* a, in
   }
 }
 
-// Long sums in two levels: after every `kRun` products the tile moves to memory and starts again from zero, so that
-// rounding errors grow with sqrt(kRun) instead of sqrt(K). Costs 2 % at 128; torch's own products do no worse.
+// Long sums in two levels: after every `kRun` products the tile moves to memory and starts again
+// from zero, so that rounding errors grow with sqrt(kRun) instead of sqrt(K). Costs 2 % at 128;
+// torch's own products do no worse.
 template <int MR, int NV>
 class Totals {
  public:
@@ -70,11 +75,13 @@ class Totals {
   }
   HYBRIDOPS_INLINE void collect(Tile<MR, NV>& tile) {
     if (!moved_) return;
-    HYBRIDOPS_UNROLL for (int i = 0; i < MR * NV; ++i) tile[i / NV][i % NV] += load(sums_ + i * kLanes);
+    HYBRIDOPS_UNROLL for (int i = 0; i < MR * NV; ++i) tile[i / NV][i % NV] +=
+        load(sums_ + i * kLanes);
   }
 
  private:
-  static constexpr int64_t kRun = MR < 4 ? 32 : 128;  // torch's matrix-vector products sum in many short chains
+  static constexpr int64_t kRun =
+      MR < 4 ? 32 : 128;  // torch's matrix-vector products sum in many short chains
   HYBRIDOPS_INLINE void move(Tile<MR, NV>& tile) {
     HYBRIDOPS_UNROLL for (int i = 0; i < MR * NV; ++i) {
       const Vec before = moved_ ? load(sums_ + i * kLanes) : Vec{};
@@ -90,21 +97,30 @@ class Totals {
   bool moved_ = false;
 };
 
-// Calls f.template operator()<MR, NV>(m) over rows [begin, end) in tiles of a panel that is `width` vectors wide.
+// Calls f.template operator()<MR, NV>(m) over rows [begin, end) in tiles of a panel that is `width`
+// vectors wide.
 template <int NV, class F>
 HYBRIDOPS_INLINE void for_rows(int64_t begin, int64_t end, const F& f) {
   constexpr int MR = kRows<NV>;
   int64_t m = begin;
   for (; m + MR <= end; m += MR) f.template operator()<MR, NV>(m);
   switch (end - m) {
-    case 1: return f.template operator()<1, NV>(m);
-    case 2: return f.template operator()<2, NV>(m);
-    case 3: return f.template operator()<3, NV>(m);
-    case 4: return f.template operator()<4, NV>(m);
-    case 5: return f.template operator()<5, NV>(m);
-    case 6: return f.template operator()<6, NV>(m);
-    case 7: return f.template operator()<7, NV>(m);
-    default: return;
+    case 1:
+      return f.template operator()<1, NV>(m);
+    case 2:
+      return f.template operator()<2, NV>(m);
+    case 3:
+      return f.template operator()<3, NV>(m);
+    case 4:
+      return f.template operator()<4, NV>(m);
+    case 5:
+      return f.template operator()<5, NV>(m);
+    case 6:
+      return f.template operator()<6, NV>(m);
+    case 7:
+      return f.template operator()<7, NV>(m);
+    default:
+      return;
   }
 }
 template <class F>

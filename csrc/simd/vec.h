@@ -1,8 +1,10 @@
-// One float vector per ISA: 8 lanes on AVX2, 16 on AVX-512. Everything above this file is written once.
+// One float vector per ISA: 8 lanes on AVX2, 16 on AVX-512. Everything above this file is written
+// once.
 //
-// Arithmetic uses the compiler's own vector types, so the same source also builds for 16 lanes on an AVX2 machine
-// (HYBRIDOPS_EMULATE): the tests prove the wide code path there. All functions are inline and in a namespace of the
-// ISA, so that no wide instruction can leak into another library through a shared symbol.
+// Arithmetic uses the compiler's own vector types, so the same source also builds for 16 lanes on
+// an AVX2 machine (HYBRIDOPS_EMULATE): the tests prove the wide code path there. All functions are
+// inline and in a namespace of the ISA, so that no wide instruction can leak into another library
+// through a shared symbol.
 #pragma once
 #include <immintrin.h>
 
@@ -23,7 +25,8 @@
 #error "compile with -DHYBRIDOPS_ISA_AVX2 or -DHYBRIDOPS_ISA_AVX512"
 #endif
 
-#pragma GCC diagnostic ignored "-Wpsabi"  // 64-byte vectors never cross a function boundary: all is inlined
+#pragma GCC diagnostic ignored \
+    "-Wpsabi"  // 64-byte vectors never cross a function boundary: all is inlined
 
 namespace hybridops::simd {
 inline namespace HYBRIDOPS_SIMD {
@@ -56,28 +59,35 @@ HYBRIDOPS_INLINE Vec load(const float* p) { return (Vec)_mm512_loadu_ps(p); }
 HYBRIDOPS_INLINE void store(float* p, Vec x) { _mm512_storeu_ps(p, (__m512)x); }
 HYBRIDOPS_INLINE __mmask16 lanes(int n) { return (__mmask16)((1u << n) - 1); }
 HYBRIDOPS_INLINE Vec load(const float* p, int n) { return (Vec)_mm512_maskz_loadu_ps(lanes(n), p); }
-HYBRIDOPS_INLINE void store(float* p, Vec x, int n) { _mm512_mask_storeu_ps(p, lanes(n), (__m512)x); }
-HYBRIDOPS_INLINE Vec fma(Vec a, Vec b, Vec c) { return (Vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
+HYBRIDOPS_INLINE void store(float* p, Vec x, int n) {
+  _mm512_mask_storeu_ps(p, lanes(n), (__m512)x);
+}
+HYBRIDOPS_INLINE Vec fma(Vec a, Vec b, Vec c) {
+  return (Vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+}
 HYBRIDOPS_INLINE Vec load(const BFloat16* p) {
   return (Vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
 }
-HYBRIDOPS_INLINE void store(BFloat16* p, Vec x) { _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh((__m512)x)); }
+HYBRIDOPS_INLINE void store(BFloat16* p, Vec x) {
+  _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh((__m512)x));
+}
 
 #elif defined(HYBRIDOPS_ISA_AVX2)
 
 HYBRIDOPS_INLINE Vec load(const float* p) { return (Vec)_mm256_loadu_ps(p); }
 HYBRIDOPS_INLINE void store(float* p, Vec x) { _mm256_storeu_ps(p, (__m256)x); }
-HYBRIDOPS_INLINE __m256i lanes(int n) {
-  return (__m256i)(VecInt{0, 1, 2, 3, 4, 5, 6, 7} < n);
-}
+HYBRIDOPS_INLINE __m256i lanes(int n) { return (__m256i)(VecInt{0, 1, 2, 3, 4, 5, 6, 7} < n); }
 HYBRIDOPS_INLINE Vec load(const float* p, int n) { return (Vec)_mm256_maskload_ps(p, lanes(n)); }
 HYBRIDOPS_INLINE void store(float* p, Vec x, int n) { _mm256_maskstore_ps(p, lanes(n), (__m256)x); }
-HYBRIDOPS_INLINE Vec fma(Vec a, Vec b, Vec c) { return (Vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
+HYBRIDOPS_INLINE Vec fma(Vec a, Vec b, Vec c) {
+  return (Vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+}
 HYBRIDOPS_INLINE Vec load(const BFloat16* p) {
   return (Vec)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16);
 }
 HYBRIDOPS_INLINE void store(BFloat16* p, Vec x) {
-  // Round to nearest even; a NaN keeps its top bits and gets a quiet bit, so it cannot round to infinity.
+  // Round to nearest even; a NaN keeps its top bits and gets a quiet bit, so it cannot round to
+  // infinity.
   const VecInt bits = (VecInt)x;
   const VecInt rounded = bits + 0x7fff + ((bits >> 16) & 1);
   const VecInt chosen = (x != x) ? (bits | 0x400000) : rounded;
@@ -90,7 +100,9 @@ HYBRIDOPS_INLINE void store(BFloat16* p, Vec x) {
 
 HYBRIDOPS_INLINE Vec join(__m256 low, __m256 high) { return Halves{.half = {low, high}}.whole; }
 
-HYBRIDOPS_INLINE Vec load(const float* p) { return join(_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)); }
+HYBRIDOPS_INLINE Vec load(const float* p) {
+  return join(_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8));
+}
 HYBRIDOPS_INLINE void store(float* p, Vec x) {
   const Halves h{x};
   _mm256_storeu_ps(p, h.half[0]);
@@ -104,7 +116,8 @@ HYBRIDOPS_INLINE Vec load(const float* p, int n) {
 HYBRIDOPS_INLINE void store(float* p, Vec x, int n) { std::memcpy(p, &x, sizeof(float) * n); }
 HYBRIDOPS_INLINE Vec fma(Vec a, Vec b, Vec c) {
   const Halves x{a}, y{b}, z{c};
-  return join(_mm256_fmadd_ps(x.half[0], y.half[0], z.half[0]), _mm256_fmadd_ps(x.half[1], y.half[1], z.half[1]));
+  return join(_mm256_fmadd_ps(x.half[0], y.half[0], z.half[0]),
+              _mm256_fmadd_ps(x.half[1], y.half[1], z.half[1]));
 }
 HYBRIDOPS_INLINE Vec load(const BFloat16* p) {
   VecInt bits;
@@ -183,7 +196,8 @@ HYBRIDOPS_INLINE float largest(Vec x) { return largest8((__m256)x); }
 #endif
 
 // 8 x 8 numbers: row i of `from` becomes column i of `to`.
-HYBRIDOPS_INLINE void transpose8(const float* from, int64_t stride_from, float* to, int64_t stride_to) {
+HYBRIDOPS_INLINE void transpose8(const float* from, int64_t stride_from, float* to,
+                                 int64_t stride_to) {
   __m256 a[8], b[8];
   for (int i = 0; i < 8; ++i) a[i] = _mm256_loadu_ps(from + i * stride_from);
   for (int i = 0; i < 8; i += 2) {
@@ -201,10 +215,11 @@ HYBRIDOPS_INLINE void transpose8(const float* from, int64_t stride_from, float* 
   }
 }
 
-// exp(x), about 1 ulp: x = n ln2 + r, degree-6 polynomial in r, n added to the exponent bits. 0 below -87.3,
-// infinity above 88.7, NaN stays NaN.
+// exp(x), about 1 ulp: x = n ln2 + r, degree-6 polynomial in r, n added to the exponent bits. 0
+// below -87.3, infinity above 88.7, NaN stays NaN.
 HYBRIDOPS_INLINE Vec exp(Vec x) {
-  const float kMagic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, which then sits in the low bits
+  const float kMagic =
+      12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, which then sits in the low bits
   const Vec shifted = fma(x, splat(1.44269504088896341f), splat(kMagic));
   const Vec n = shifted - kMagic;
   Vec r = fma(n, splat(-0.693359375f), x);

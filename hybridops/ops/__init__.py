@@ -1,4 +1,7 @@
-"""The five ops. Each file reads meaning (reference), contract (schema, fake), gradient, door (checks)."""
+"""The five ops.
+
+Each file reads meaning (reference), contract (schema, fake), gradient, door (checks).
+"""
 
 from .attention import attention
 from .conv_stem import ConvLayer, MaxPool, conv_stem, pack_conv

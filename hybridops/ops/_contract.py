@@ -1,4 +1,4 @@
-"""What the five op files share: activations by name, checks with one wording, autocast registration."""
+"""What the op files share: activations by name, checks with one wording, autocast."""
 
 from __future__ import annotations
 
@@ -20,8 +20,17 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 ACTIVATION_NAMES = tuple(ACTIVATIONS)
 CODES = {name: code for code, name in enumerate(ACTIVATIONS)}
-# What a call raises that the kernel or the dispatcher refuses; the door's checks then name the reason.
-REFUSALS = (RuntimeError, TypeError, ValueError, KeyError, IndexError, AttributeError, ZeroDivisionError)
+# What a call raises that the kernel or the dispatcher refuses; the door's checks then name the
+# reason.
+REFUSALS = (
+    RuntimeError,
+    TypeError,
+    ValueError,
+    KeyError,
+    IndexError,
+    AttributeError,
+    ZeroDivisionError,
+)
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 LARGEST = 2**31 - 1
 
@@ -29,10 +38,12 @@ library = torch.library.Library("hybridops", "DEF")
 
 
 def differentiable_once(backward: str) -> None:
-    """Differentiating the op of that name, itself a gradient, raises; torch alone would warn and leave its part out."""
+    """A second derivative through that op raises; torch alone would warn and leave it out."""
 
     def refuse(ctx, *grads):
-        raise RuntimeError(f"hybridops::{backward} has no gradient of its own: the ops are differentiable once")
+        raise RuntimeError(
+            f"hybridops::{backward} has no gradient of its own: the ops are differentiable once"
+        )
 
     torch.library.register_autograd(f"hybridops::{backward}", refuse, lib=library)
 
@@ -65,7 +76,9 @@ def activation_backward(dy: Tensor, z: Tensor, code: int) -> Tensor:
             return aten.hardswish_backward(dy, z)
 
 
-def check_tensor(op: str, name: str, x: object, ndim: int | None, like: Tensor | None = None) -> None:
+def check_tensor(
+    op: str, name: str, x: object, ndim: int | None, like: Tensor | None = None
+) -> None:
     """x is a floating-point tensor of that rank, with the dtype and device of `like`."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{op}: {name} must be a Tensor, got {type(x).__name__}")
@@ -123,7 +136,7 @@ def is_autocast_on(x: object) -> bool:
 
 
 def autocast(x: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Under autocast, fp32 tensors in autocast's dtype (as torch's own matrix products take them)."""
+    """Under autocast, tensors in autocast's dtype, as torch's own matrix products take them."""
     if not is_autocast_on(x):
         return (x, *others)
     dtype = torch.get_autocast_dtype(x.device.type)

@@ -2,9 +2,10 @@
 
     out = activation(softmax(scale * q @ k.T + bias, over the keys that are not padding) @ v)
 
-The bias is dense and broadcastable, or a table read through an index (LeViT, Swin); both have a deterministic gradient.
-A row whose keys are all masked gives zeros, as torch's scaled_dot_product_attention does.
-FlashAttention-2 (Dao 2023) is the source of the backward: P is recomputed from the saved log-sum-exp.
+The bias is dense and broadcastable, or a table read through an index (LeViT, Swin); both have a
+deterministic gradient. A row whose keys are all masked gives zeros, as torch's
+scaled_dot_product_attention does. FlashAttention-2 (Dao 2023) is the source of the backward: P is
+recomputed from the saved log-sum-exp.
 """
 
 from __future__ import annotations
@@ -46,7 +47,8 @@ def attention_reference(q, k, v, bias, bias_index, key_padding_mask, scale, acti
 
 # contract
 ARGS = (
-    "Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? bias_index, Tensor? key_padding_mask, float scale, "
+    "Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? bias_index, Tensor? key_padding_mask, "
+    "float scale, "
     "int activation"
 )
 library.define(f"attention({ARGS}) -> (Tensor, Tensor)")
@@ -89,7 +91,9 @@ def _gradient(ctx, dy, _):
     return dq, dk, dv, dbias.to(bias.dtype) if needs_dbias else None, None, None, None, None
 
 
-torch.library.register_autograd("hybridops::attention", _gradient, setup_context=_setup, lib=library)
+torch.library.register_autograd(
+    "hybridops::attention", _gradient, setup_context=_setup, lib=library
+)
 differentiable_once("attention_backward")
 
 _forward = torch.ops.hybridops.attention.default
@@ -108,20 +112,24 @@ def attention(
     scale: float | None = None,
     activation: str = "none",
 ) -> Tensor:
-    """q (B, Nq, H, D), k (B, Nk, H, D), v (B, Nk, H, Dv), any strides -> (B, Nq, H, Dv), contiguous.
+    """q (B, Nq, H, D), k (B, Nk, H, D), v (B, Nk, H, Dv), any strides -> (B, Nq, H, Dv).
 
-    bias: (1 or B, 1 or H, Nq, Nk) or (H, Nq, Nk), added to the scaled scores; or, with bias_index (Nq, Nk) of
-    integers in [0, T), a table (H, T) of which score [h, i, j] takes bias[h, bias_index[i, j]].
-    key_padding_mask: (B, Nk) bool, True where the key is padding. scale: default D**-0.5.
-    activation is applied to the output (LeViT's Hardswish): none, relu, gelu, gelu_tanh, silu, hardswish.
+    bias: (1 or B, 1 or H, Nq, Nk) or (H, Nq, Nk), added to the scaled scores; or, with bias_index
+    (Nq, Nk) of integers in [0, T), a table (H, T) of which score [h, i, j] takes bias[h,
+    bias_index[i, j]]. key_padding_mask: (B, Nk) bool, True where the key is padding. scale: default
+    D**-0.5. activation is applied to the output (LeViT's Hardswish): none, relu, gelu, gelu_tanh,
+    silu, hardswish.
 
     fp32 and bf16 (fp32 accumulation) have a CPU kernel; other dtypes go to the reference.
-    Raises ValueError for shapes that do not fit, TypeError for dtypes, IndexError for a bias_index outside the table.
+    Raises ValueError for shapes that do not fit, TypeError for dtypes, IndexError for a bias_index
+    outside the table.
     """
     if backend.runs_at_once(q):
         with suppress(*REFUSALS), backend.below_autograd():
             factor = q.shape[3] ** -0.5 if scale is None else scale
-            return _forward(q, k, v, bias, bias_index, key_padding_mask, factor, CODES[activation])[0]
+            return _forward(q, k, v, bias, bias_index, key_padding_mask, factor, CODES[activation])[
+                0
+            ]
     code = activation_code("attention", activation)
     if is_autocast_on(q):
         q, k, v, bias = autocast(q, k, v, bias)
@@ -139,7 +147,9 @@ def attention(
         bias = _check_bias(bias, q, (B, H, Nq, Nk))
     if key_padding_mask is not None:
         if not isinstance(key_padding_mask, Tensor) or key_padding_mask.dtype != torch.bool:
-            raise TypeError("attention: key_padding_mask must be a bool tensor, True where the key is padding")
+            raise TypeError(
+                "attention: key_padding_mask must be a bool tensor, True where the key is padding"
+            )
         check_shape("attention", "key_padding_mask", key_padding_mask, (B, Nk))
     if scale is None:
         scale = D**-0.5 if D else 1.0
@@ -153,7 +163,9 @@ def attention(
         return attention_reference(q, k, v, bias, bias_index, key_padding_mask, scale, code)
     try:
         return _forward(q, k, v, bias, bias_index, key_padding_mask, float(scale), code)[0]
-    except RuntimeError:  # the kernel looks at every index as it reads it; asking first would cost 30 us a call
+    except (
+        RuntimeError
+    ):  # the kernel looks at every index as it reads it; asking first would cost 30 us a call
         if bias_index is not None:
             _check_range(bias, bias_index)
         raise
@@ -163,7 +175,9 @@ def _check_bias(bias, q, expected):
     check_tensor("attention", "bias", bias, None, like=q)
     if bias.ndim == 3:
         bias = bias[None]
-    fits = bias.ndim == 4 and all(have in (1, want) for have, want in zip(bias.shape, expected, strict=True))
+    fits = bias.ndim == 4 and all(
+        have in (1, want) for have, want in zip(bias.shape, expected, strict=True)
+    )
     if not fits:
         raise ValueError(f"attention: bias must broadcast to {expected}, got {tuple(bias.shape)}")
     return bias
@@ -175,7 +189,9 @@ def _check_index(bias, bias_index, q, expected):
         raise ValueError("attention: bias_index needs bias, the table (H, T) it points into")
     check_tensor("attention", "bias", bias, 2, like=q)
     if bias.shape[0] != H:
-        raise ValueError(f"attention: bias must be a table ({H}, T) beside bias_index, got {tuple(bias.shape)}")
+        raise ValueError(
+            f"attention: bias must be a table ({H}, T) beside bias_index, got {tuple(bias.shape)}"
+        )
     if not isinstance(bias_index, Tensor) or bias_index.dtype not in (torch.int64, torch.int32):
         raise TypeError("attention: bias_index must be an int64 or int32 tensor")
     check_shape("attention", "bias_index", bias_index, (Nq, Nk))
@@ -187,4 +203,6 @@ def _check_range(table, bias_index):
         return
     low, high = (int(x) for x in bias_index.aminmax())
     if low < 0 or high >= table.shape[1]:
-        raise IndexError(f"attention: bias_index must be in [0, {table.shape[1]}), got {low} to {high}")
+        raise IndexError(
+            f"attention: bias_index must be in [0, {table.shape[1]}), got {low} to {high}"
+        )

@@ -1,10 +1,11 @@
-"""Fused convolution stem: a chain of conv + folded norm + activation, then an optional max-pool, ending as tokens.
+"""Fused convolution stem: a chain of conv + folded norm + activation, max-pool, out as tokens.
 
     x_0 = image;  x_{l+1} = activation_l(conv(x_l; weight_l, stride_l, padding_l) + bias_l)
     tokens = maxpool(x_L) as (B, H*W, C)
 
-Norms that a convolution cannot absorb follow their layer as `GroupNorm` (BiT: conv, norm, activation) or `affine`
-(CMT: conv, activation, BatchNorm). Tokens (B, H*W, C) and a channels_last image (B, C, H, W) are the same bytes.
+Norms that a convolution cannot absorb follow their layer as `GroupNorm` (BiT: conv, norm,
+activation) or `affine` (CMT: conv, activation, BatchNorm). Tokens (B, H*W, C) and a channels_last
+image (B, C, H, W) are the same bytes.
 """
 
 from __future__ import annotations
@@ -36,9 +37,10 @@ from .linear import pack_linear
 class ConvLayer(NamedTuple):
     """One convolution of a stem.
 
-    weight (Co, Ci, Kh, Kw), bias (Co,); padding: an int, (top, left, bottom, right), or "same" (TensorFlow's, which
-    pads the end more); packed: pack_conv(weight); group_norm: (groups, weight, bias, eps) between conv and
-    activation; affine: (scale, shift), each (Co,), behind the activation.
+    weight (Co, Ci, Kh, Kw), bias (Co,); padding: an int, (top, left, bottom, right), or "same"
+    (TensorFlow's, which pads the end more); packed: pack_conv(weight); group_norm: (groups, weight,
+    bias, eps) between conv and activation; affine: (scale, shift), each (Co,), behind the
+    activation.
     """
 
     weight: Tensor
@@ -61,7 +63,7 @@ class MaxPool(NamedTuple):
 
 # meaning
 def conv_stem_reference(image, layers, pool=None):
-    """layers: (weight, bias, stride, (top, left, bottom, right), activation code, group_norm, affine)."""
+    """layers: (weight, bias, stride, padding (4), activation code, group_norm, affine)."""
     x = image
     for weight, bias, stride, padding, activation, group_norm, affine in layers:
         x = conv_reference(x, weight, bias, stride, padding)
@@ -96,7 +98,10 @@ def resolve_padding(op, padding, kernel, stride, size):
     if isinstance(padding, str):
         if padding != "same":
             raise ValueError(f"{op}: padding must be an int, four ints or 'same', got {padding!r}")
-        need = [max((-(-n // stride) - 1) * stride + k - n, 0) for n, k in zip(size, kernel, strict=True)]
+        need = [
+            max((-(-n // stride) - 1) * stride + k - n, 0)
+            for n, k in zip(size, kernel, strict=True)
+        ]
         return need[0] // 2, need[1] // 2, need[0] - need[0] // 2, need[1] - need[1] // 2
     if isinstance(padding, (tuple, list)):
         if len(padding) != 4:
@@ -112,16 +117,20 @@ def resolve_padding(op, padding, kernel, stride, size):
 def output_size(size, kernel, stride, padding):
     """(Ho, Wo) of a convolution or pool with padding (top, left, bottom, right)."""
     top, left, bottom, right = padding
-    return (size[0] + top + bottom - kernel[0]) // stride + 1, (size[1] + left + right - kernel[1]) // stride + 1
+    return (size[0] + top + bottom - kernel[0]) // stride + 1, (
+        size[1] + left + right - kernel[1]
+    ) // stride + 1
 
 
 # contract
 library.define(
-    "conv_stem(Tensor image, Tensor[] weights, Tensor[] biases, Tensor[] packed, int[] strides, SymInt[] paddings, "
+    "conv_stem(Tensor image, Tensor[] weights, Tensor[] biases, Tensor[] packed, int[] strides, "
+    "SymInt[] paddings, "
     "int[] activations, SymInt[] pool) -> Tensor"
 )
 library.define(
-    "conv_backward(Tensor dz, Tensor image, Tensor weight, int stride, SymInt[] padding, bool needs_dimage) "
+    "conv_backward(Tensor dz, Tensor image, Tensor weight, int stride, SymInt[] padding, bool "
+    "needs_dimage) "
     "-> (Tensor, Tensor, Tensor)"
 )
 
@@ -166,7 +175,16 @@ def _gradient(ctx, dy):
     inputs, outputs = [image], []
     for i in range(L):
         padding = ctx.paddings[4 * i : 4 * i + 4]
-        z = _forward(inputs[i], weights[i : i + 1], biases[i : i + 1], [], ctx.strides[i : i + 1], padding, [0], [])
+        z = _forward(
+            inputs[i],
+            weights[i : i + 1],
+            biases[i : i + 1],
+            [],
+            ctx.strides[i : i + 1],
+            padding,
+            [0],
+            [],
+        )
         outputs.append(z)
         inputs.append(as_image(activate(z, ctx.activations[i]), sizes[i]))
     d = dy
@@ -181,7 +199,9 @@ def _gradient(ctx, dy):
         dz = activation_backward(d.contiguous(), outputs[i], ctx.activations[i])
         needs_dinput = i > 0 or ctx.needs_input_grad[0]
         padding = ctx.paddings[4 * i : 4 * i + 4]
-        d, dweights[i], dbiases[i] = conv_backward(dz, inputs[i], weights[i], ctx.strides[i], padding, needs_dinput)
+        d, dweights[i], dbiases[i] = conv_backward(
+            dz, inputs[i], weights[i], ctx.strides[i], padding, needs_dinput
+        )
         if i > 0:
             d = d.flatten(1, 2)
     dimage = d.permute(0, 3, 1, 2) if ctx.needs_input_grad[0] else None
@@ -218,11 +238,12 @@ def conv_stem(
 ) -> Tensor:
     """image (B, Ci, H, W), any memory format, float or uint8 -> tokens (B, Ho*Wo, C), contiguous.
 
-    layout="image" gives the same bytes as a channels_last image (B, C, Ho, Wo). uint8 images enter as their values
-    0 … 255 (fold a normalisation into the first layer's weight and bias).
+    layout="image" gives the same bytes as a channels_last image (B, C, Ho, Wo). uint8 images enter
+    as their values 0 … 255 (fold a normalisation into the first layer's weight and bias).
 
-    fp32 and bf16 (fp32 accumulation) have a CPU kernel for layers without group_norm and affine; the rest goes to the
-    reference. Raises ValueError for shapes that do not fit, TypeError for dtypes.
+    fp32 and bf16 (fp32 accumulation) have a CPU kernel for layers without group_norm and affine;
+    the rest goes to the reference. Raises ValueError for shapes that do not fit, TypeError for
+    dtypes.
     """
     if layout not in ("tokens", "image"):
         raise ValueError(f"conv_stem: layout must be 'tokens' or 'image', got {layout!r}")
@@ -238,11 +259,15 @@ def conv_stem(
         first = layers[0].weight
         image = image if image.dtype == torch.uint8 else image.to(first.dtype)
     if image.dtype != torch.uint8:
-        check_tensor("conv_stem", "image", image, 4, like=first if isinstance(first, Tensor) else None)
+        check_tensor(
+            "conv_stem", "image", image, 4, like=first if isinstance(first, Tensor) else None
+        )
     elif image.ndim != 4:
         raise ValueError(f"conv_stem: image must have 4 dimensions, got shape {tuple(image.shape)}")
     elif isinstance(first, Tensor) and image.device != first.device:
-        raise ValueError(f"conv_stem: image must be on {first.device} like the weights, got {image.device}")
+        raise ValueError(
+            f"conv_stem: image must be on {first.device} like the weights, got {image.device}"
+        )
     size, channels, plan = tuple(image.shape[2:]), image.shape[1], []
     for i, layer in enumerate(layers):
         plan.append(_check_layer(f"layer {i}", layer, first, channels, size))
@@ -256,7 +281,11 @@ def conv_stem(
         check_int("conv_stem", "pool kernel", pool.kernel, 1)
         check_int("conv_stem", "pool stride", pool.stride, 1)
         kernel = (pool.kernel, pool.kernel)
-        pooling = (pool.kernel, pool.stride, resolve_padding("conv_stem", pool.padding, kernel, pool.stride, size))
+        pooling = (
+            pool.kernel,
+            pool.stride,
+            resolve_padding("conv_stem", pool.padding, kernel, pool.stride, size),
+        )
         size = output_size(size, kernel, pool.stride, pooling[2])
         _check_fits("pool", size, image)
     if backend.which("conv_stem", first, _unserved(layers)) == "reference":
@@ -267,7 +296,10 @@ def conv_stem(
         tokens = _forward(
             image,
             [layer[0] for layer in plan],
-            [layer[1] if layer[1] is not None else layer[0].new_zeros(layer[0].shape[0]) for layer in plan],
+            [
+                layer[1] if layer[1] is not None else layer[0].new_zeros(layer[0].shape[0])
+                for layer in plan
+            ],
             [] if None in packed else packed,
             [layer[2] for layer in plan],
             [side for layer in plan for side in layer[3]],
@@ -278,7 +310,7 @@ def conv_stem(
 
 
 def pack_conv(weight: Tensor) -> Tensor | None:
-    """weight (Co, Ci, Kh, Kw) in the CPU kernel's panel order, or None where no CPU library serves it."""
+    """weight (Co, Ci, Kh, Kw) in the CPU kernel's panel order; None if no library serves it."""
     check_tensor("pack_conv", "weight", weight, 4)
     return pack_linear(weight.permute(0, 2, 3, 1).flatten(1))
 
@@ -294,7 +326,9 @@ def _check_layer(name, layer, first, channels, size):
     op, (weight, bias, stride, padding) = "conv_stem", layer[:4]
     check_tensor(op, f"{name} weight", weight, 4, like=first)
     if weight.shape[1] != channels or 0 in weight.shape[2:]:
-        raise ValueError(f"{op}: {name} weight must be (Co, {channels}, Kh, Kw), got {tuple(weight.shape)}")
+        raise ValueError(
+            f"{op}: {name} weight must be (Co, {channels}, Kh, Kw), got {tuple(weight.shape)}"
+        )
     check_int(op, f"{name} stride", stride, 1)
     out = weight.shape[:1]
     vectors = {"bias": bias}
@@ -309,7 +343,9 @@ def _check_layer(name, layer, first, channels, size):
         check_eps(op, f"{name} group_norm eps", eps)
         check_int(op, f"{name} group_norm groups", groups, 1)
         if out[0] % groups:
-            raise ValueError(f"{op}: {name} group_norm groups must divide {out[0]} channels, got {groups}")
+            raise ValueError(
+                f"{op}: {name} group_norm groups must divide {out[0]} channels, got {groups}"
+            )
         vectors |= {"group_norm weight": norm_weight, "group_norm bias": norm_bias}
     for what, vector in vectors.items():
         if vector is not None:
@@ -318,12 +354,23 @@ def _check_layer(name, layer, first, channels, size):
     if layer.packed is not None:
         check_tensor(op, f"{name} packed", layer.packed, None)
     padding = resolve_padding(op, padding, tuple(weight.shape[2:]), stride, size)
-    return weight, bias, stride, padding, activation_code(op, layer.activation), layer.group_norm, layer.affine
+    return (
+        weight,
+        bias,
+        stride,
+        padding,
+        activation_code(op, layer.activation),
+        layer.group_norm,
+        layer.affine,
+    )
 
 
 def _check_fits(name, size, image):
     if size[0] < 1 or size[1] < 1:
-        raise ValueError(f"conv_stem: {name} does not fit: image {tuple(image.shape)} leaves it an output of {size}")
+        raise ValueError(
+            f"conv_stem: {name} does not fit: image {tuple(image.shape)} leaves it an output of "
+            f"{size}"
+        )
 
 
 def _unserved(layers):

@@ -1,11 +1,12 @@
-"""Whole layers in one dispatch, for inference: an attention layer, an MLP, each with its norm and its residual.
+"""Whole layers in one dispatch, for inference: an attention layer or MLP, norm to residual.
 
     attention_layer: y = linear(attention(heads of linear(norm(x)))) + x
     mlp_layer:       y = linear(activation(linear(norm(x)))) + x
 
-They mean exactly what the five ops mean when put together, and are put together from them wherever one dispatch
-cannot serve: while gradients are recorded, while compiling, under autocast, on other backends and dtypes. At batch 1
-every dispatch costs about as much as a small product (10 us), and a transformer block has five of them.
+They mean exactly what the five ops mean when put together, and are put together from them wherever
+one dispatch cannot serve: while gradients are recorded, while compiling, under autocast, on other
+backends and dtypes. At batch 1 every dispatch costs about as much as a small product (10 us), and a
+transformer block has five of them.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from .linear import linear
 
 
 class Weights(NamedTuple):
-    """A linear layer as a kernel takes it: weight (N, K), bias (N,) or None, and pack_linear(weight) or None."""
+    """A linear layer: weight (N, K), bias (N,) or None, and pack_linear(weight) or None."""
 
     weight: Tensor
     bias: Tensor | None = None
@@ -34,13 +35,18 @@ Norm = tuple[Tensor, Tensor | None, float]
 
 # contract
 library.define(
-    "attention_layer(Tensor x, Tensor? norm_weight, Tensor? norm_bias, float eps, Tensor weight_qkv, "
-    "Tensor? bias_qkv, Tensor? packed_qkv, Tensor? bias, int heads, int key_dim, bool interleaved, float scale, "
-    "int activation, Tensor weight_out, Tensor? bias_out, Tensor? packed_out, bool residual) -> Tensor"
+    "attention_layer(Tensor x, Tensor? norm_weight, Tensor? norm_bias, float eps, Tensor "
+    "weight_qkv, "
+    "Tensor? bias_qkv, Tensor? packed_qkv, Tensor? bias, int heads, int key_dim, bool "
+    "interleaved, float scale, "
+    "int activation, Tensor weight_out, Tensor? bias_out, Tensor? packed_out, bool residual) -> "
+    "Tensor"
 )
 library.define(
-    "mlp_layer(Tensor x, Tensor? norm_weight, Tensor? norm_bias, float eps, Tensor weight1, Tensor? bias1, "
-    "Tensor? packed1, int activation, Tensor weight2, Tensor? bias2, Tensor? packed2, bool residual) -> Tensor"
+    "mlp_layer(Tensor x, Tensor? norm_weight, Tensor? norm_bias, float eps, Tensor weight1, "
+    "Tensor? bias1, "
+    "Tensor? packed1, int activation, Tensor weight2, Tensor? bias2, Tensor? packed2, bool "
+    "residual) -> Tensor"
 )
 
 
@@ -74,17 +80,27 @@ def attention_layer(
     activation: str = "none",
     residual: bool = False,
 ) -> Tensor:
-    """x (B, N, C), qkv.weight (heads * (2 * key_dim + Dv), C), out.weight (Co, heads * Dv) -> (B, N, Co).
+    """x (B, N, C), qkv.weight (H * (2 * key_dim + Dv), C), out.weight (Co, H * Dv) -> (B, N, Co).
 
-    The rows of qkv.weight are all heads' q, then k, then v; or, interleaved, q, k and v head by head (LeViT).
-    norm, bias, scale, activation as in `linear` and `attention`; activation stands between attention and `out`.
-    Raises what `linear` and `attention` raise.
+    The rows of qkv.weight are all heads' q, then k, then v; or, interleaved, q, k and v head by
+    head (LeViT). norm, bias, scale, activation as in `linear` and `attention`; activation stands
+    between attention and `out`. Raises what `linear` and `attention` raise.
     """
     if backend.runs_at_once(x):
         factor = key_dim**-0.5 if scale is None else scale
         with suppress(*REFUSALS), backend.below_autograd():
             return _attention_layer(
-                x, *(norm or _NO_NORM), *qkv, bias, heads, key_dim, interleaved, factor, CODES[activation], *out, residual
+                x,
+                *(norm or _NO_NORM),
+                *qkv,
+                bias,
+                heads,
+                key_dim,
+                interleaved,
+                factor,
+                CODES[activation],
+                *out,
+                residual,
             )
     projected = linear(x, qkv.weight, qkv.bias, norm=norm, packed=qkv.packed)
     B, N, width = projected.shape
@@ -95,7 +111,9 @@ def attention_layer(
         parts = projected.split([heads * key_dim, heads * key_dim, heads * Dv], dim=2)
         q, k, v = (part.unflatten(2, (heads, -1)) for part in parts)
     mixed = attention(q, k, v, bias=bias, scale=scale, activation=activation)
-    return linear(mixed.flatten(2), out.weight, out.bias, residual=x if residual else None, packed=out.packed)
+    return linear(
+        mixed.flatten(2), out.weight, out.bias, residual=x if residual else None, packed=out.packed
+    )
 
 
 def mlp_layer(
@@ -107,9 +125,14 @@ def mlp_layer(
     norm: Norm | None = None,
     residual: bool = False,
 ) -> Tensor:
-    """x (..., C), up.weight (hidden, C), down.weight (Co, hidden) -> (..., Co). Raises what `linear` raises."""
+    """x (..., C), up.weight (hidden, C), down.weight (Co, hidden) -> (..., Co).
+
+    Raises what `linear` raises.
+    """
     if backend.runs_at_once(x):
         with suppress(*REFUSALS), backend.below_autograd():
             return _mlp_layer(x, *(norm or _NO_NORM), *up, CODES[activation], *down, residual)
     hidden = linear(x, up.weight, up.bias, norm=norm, activation=activation, packed=up.packed)
-    return linear(hidden, down.weight, down.bias, residual=x if residual else None, packed=down.packed)
+    return linear(
+        hidden, down.weight, down.bias, residual=x if residual else None, packed=down.packed
+    )

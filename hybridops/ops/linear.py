@@ -1,14 +1,16 @@
-"""Fused linear layer: optional LayerNorm in front, bias, activation and residual behind, one pass over the tokens.
+"""Fused linear layer: LayerNorm in front, bias, activation and residual behind, in one pass.
 
     y = activation(norm(x) @ weight.T + bias) + residual
 
-A BatchNorm behind the product is folded into `weight` and `bias` by the caller. `packed` is `pack_linear(weight)`:
-the same numbers in the kernel's panel order, made once for inference; it never changes the result's meaning.
+A BatchNorm behind the product is folded into `weight` and `bias` by the caller. `packed` is
+`pack_linear(weight)`: the same numbers in the kernel's panel order, made once for inference; it
+never changes the result's meaning.
 """
 
 from __future__ import annotations
 
 from contextlib import suppress
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -40,7 +42,8 @@ def linear_reference(x, weight, bias, norm_weight, norm_bias, eps, residual, act
 
 # contract
 ARGS = (
-    "Tensor x, Tensor weight, Tensor? bias, Tensor? packed, Tensor? norm_weight, Tensor? norm_bias, float eps, "
+    "Tensor x, Tensor weight, Tensor? bias, Tensor? packed, Tensor? norm_weight, Tensor? "
+    "norm_bias, float eps, "
     "Tensor? residual, int activation"
 )
 library.define(f"linear({ARGS}) -> Tensor")
@@ -58,7 +61,8 @@ def _(dy, x, weight):
     return x.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape[:1])
 
 
-# gradient: the two matrix products in the kernel, norm and activation (recomputed, nothing extra is saved) in torch
+# gradient: the two matrix products in the kernel, norm and activation (recomputed, nothing extra is
+# saved) in torch
 def _setup(ctx, inputs, output):
     x, weight, bias, _, norm_weight, norm_bias, ctx.eps, residual, ctx.activation = inputs
     ctx.has_bias, ctx.has_residual = bias is not None, residual is not None
@@ -70,7 +74,9 @@ def _gradient(ctx, dy):
     dx = dnorm_weight = dnorm_bias = None
     normed = x
     if norm_weight is not None:
-        normed, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], norm_weight, norm_bias, ctx.eps)
+        normed, mean, rstd = torch.native_layer_norm(
+            x, x.shape[-1:], norm_weight, norm_bias, ctx.eps
+        )
     dz = dy
     if ctx.activation:
         z = _forward(normed, weight, bias, None, None, None, 0.0, None, 0)
@@ -83,7 +89,17 @@ def _gradient(ctx, dy):
             dnormed, x, x.shape[-1:], mean, rstd, norm_weight, norm_bias, mask
         )
     dresidual = dy if ctx.has_residual else None
-    return dx, dweight, dbias if ctx.has_bias else None, None, dnorm_weight, dnorm_bias, None, dresidual, None
+    return (
+        dx,
+        dweight,
+        dbias if ctx.has_bias else None,
+        None,
+        dnorm_weight,
+        dnorm_bias,
+        None,
+        dresidual,
+        None,
+    )
 
 
 torch.library.register_autograd("hybridops::linear", _gradient, setup_context=_setup, lib=library)
@@ -106,9 +122,9 @@ def linear(
 ) -> Tensor:
     """activation(norm(x) @ weight.T + bias) + residual.
 
-    x (..., K), weight (N, K), bias (N,), norm = (weight (K,), bias (K,) or None, eps) for a LayerNorm over K in front,
-    residual (..., N), packed = pack_linear(weight) or None -> (..., N), contiguous, in x's dtype.
-    activation: none, relu, gelu, gelu_tanh, silu, hardswish.
+    x (..., K), weight (N, K), bias (N,), norm = (weight (K,), bias (K,) or None, eps) for a
+    LayerNorm over K in front, residual (..., N), packed = pack_linear(weight) or None -> (..., N),
+    contiguous, in x's dtype. activation: none, relu, gelu, gelu_tanh, silu, hardswish.
 
     fp32 and bf16 (fp32 accumulation) have a CPU kernel; other dtypes go to the reference.
     Raises ValueError for shapes that do not fit and unknown activations, TypeError for dtypes.
@@ -116,12 +132,16 @@ def linear(
     if backend.runs_at_once(x):
         with suppress(*REFUSALS), backend.below_autograd():
             norm_weight, norm_bias, eps = norm if norm is not None else (None, None, 0.0)
-            return _forward(x, weight, bias, packed, norm_weight, norm_bias, eps, residual, CODES[activation])
+            return _forward(
+                x, weight, bias, packed, norm_weight, norm_bias, eps, residual, CODES[activation]
+            )
     code = activation_code("linear", activation)
     norm_weight, norm_bias, eps = unpack_norm("linear", norm)
     if is_autocast_on(x):
         given = weight
-        x, weight, bias, norm_weight, norm_bias, residual = autocast(x, weight, bias, norm_weight, norm_bias, residual)
+        x, weight, bias, norm_weight, norm_bias, residual = autocast(
+            x, weight, bias, norm_weight, norm_bias, residual
+        )
         packed = packed if weight is given else None  # it packs the weight as it was
     check_tensor("linear", "x", x, None)
     if x.ndim == 0:
@@ -129,7 +149,9 @@ def linear(
     check_tensor("linear", "weight", weight, 2, like=x)
     N, K = weight.shape
     if x.shape[-1] != K:
-        raise ValueError(f"linear: x must be (..., {K}) for weight {tuple(weight.shape)}, got {tuple(x.shape)}")
+        raise ValueError(
+            f"linear: x must be (..., {K}) for weight {tuple(weight.shape)}, got {tuple(x.shape)}"
+        )
     if bias is not None:
         check_tensor("linear", "bias", bias, 1, like=x)
         check_shape("linear", "bias", bias, (N,))
@@ -150,9 +172,10 @@ def linear(
 
 
 def pack_linear(weight: Tensor) -> Tensor | None:
-    """weight (N, K) in the panel order that the loaded CPU library multiplies fastest, or None where none is loaded.
+    """weight (N, K) in the panel order of the loaded CPU library; None if none serves it.
 
-    Pass it to `linear(packed=...)` beside the weight itself; make it again whenever the weight changes.
+    Pass it to `linear(packed=...)` beside the weight itself; make it again whenever the weight
+    changes.
     """
     check_tensor("pack_linear", "weight", weight, 2)
     if backend.ISA is None or weight.device.type != "cpu" or weight.dtype not in backend.CPU_DTYPES:

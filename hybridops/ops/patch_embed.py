@@ -1,10 +1,10 @@
-"""Patch embedding (ViT, Dosovitskiy et al. 2021): image to tokens in one pass, no im2col and no transpose.
+"""Patch embedding (ViT, Dosovitskiy et al. 2021): image to tokens, no im2col, no transpose.
 
     t = norm(conv(image; weight, stride, padding) + bias)       as tokens (B, N, C)
     tokens = [prefix, t] + pos_embed
 
-pos_embed covers the N patch tokens, or prefix and patches (P + N). Input normalisation (image - mean) / std is folded
-into weight and bias, which is exact as long as nothing is padded.
+pos_embed covers the N patch tokens, or prefix and patches (P + N). Input normalisation (image -
+mean) / std is folded into weight and bias, which is exact as long as nothing is padded.
 """
 
 from __future__ import annotations
@@ -14,14 +14,28 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import backend
-from ._contract import autocast, check_int, check_shape, check_tensor, is_autocast_on, library, unpack_norm
+from ._contract import (
+    autocast,
+    check_int,
+    check_shape,
+    check_tensor,
+    is_autocast_on,
+    library,
+    unpack_norm,
+)
 from .conv_stem import conv_backward, conv_reference, output_size, pack_conv, resolve_padding
 from .linear import pack_linear
 
 
 # meaning
-def patch_embed_reference(image, weight, bias, norm_weight, norm_bias, eps, pos_embed, prefix, stride, padding):
-    x = conv_reference(image.to(weight.dtype), weight, bias, stride, padding).flatten(2).transpose(1, 2)
+def patch_embed_reference(
+    image, weight, bias, norm_weight, norm_bias, eps, pos_embed, prefix, stride, padding
+):
+    x = (
+        conv_reference(image.to(weight.dtype), weight, bias, stride, padding)
+        .flatten(2)
+        .transpose(1, 2)
+    )
     if norm_weight is not None:
         x = F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, eps)
     P = 0 if prefix is None else prefix.shape[0]
@@ -34,7 +48,8 @@ def patch_embed_reference(image, weight, bias, norm_weight, norm_bias, eps, pos_
 
 # contract
 ARGS = (
-    "Tensor image, Tensor weight, Tensor? bias, Tensor? packed, Tensor? norm_weight, Tensor? norm_bias, float eps, "
+    "Tensor image, Tensor weight, Tensor? bias, Tensor? packed, Tensor? norm_weight, Tensor? "
+    "norm_bias, float eps, "
     "Tensor? pos_embed, Tensor? prefix, int stride, SymInt[] padding"
 )
 library.define(f"patch_embed({ARGS}) -> Tensor")
@@ -49,7 +64,19 @@ def _(image, weight, bias, packed, norm_weight, norm_bias, eps, pos_embed, prefi
 
 # gradient: the convolution's in the kernel it shares with conv_stem, LayerNorm's in torch
 def _setup(ctx, inputs, output):
-    image, weight, bias, _, norm_weight, norm_bias, ctx.eps, pos_embed, prefix, ctx.stride, ctx.padding = inputs
+    (
+        image,
+        weight,
+        bias,
+        _,
+        norm_weight,
+        norm_bias,
+        ctx.eps,
+        pos_embed,
+        prefix,
+        ctx.stride,
+        ctx.padding,
+    ) = inputs
     ctx.save_for_backward(image, weight, bias, norm_weight, norm_bias)
     ctx.prefix = 0 if prefix is None else prefix.shape[0]
     ctx.pos = None if pos_embed is None else pos_embed.shape[0]
@@ -65,14 +92,18 @@ def _gradient(ctx, dy):
     if ctx.has_prefix:
         dprefix = dy[:, :P].sum(0)
     if norm_weight is not None:
-        t = _forward(image, weight, bias, None, None, None, 0.0, None, None, ctx.stride, ctx.padding)
+        t = _forward(
+            image, weight, bias, None, None, None, 0.0, None, None, ctx.stride, ctx.padding
+        )
         _, mean, rstd = torch.native_layer_norm(t, t.shape[-1:], norm_weight, norm_bias, ctx.eps)
         mask = [True, True, norm_bias is not None]
         dz, dnorm_weight, dnorm_bias = torch.ops.aten.native_layer_norm_backward(
             dz.contiguous(), t, t.shape[-1:], mean, rstd, norm_weight, norm_bias, mask
         )
     needs_dimage = ctx.needs_input_grad[0]
-    dimage, dweight, dbias = conv_backward(dz.contiguous(), image, weight, ctx.stride, ctx.padding, needs_dimage)
+    dimage, dweight, dbias = conv_backward(
+        dz.contiguous(), image, weight, ctx.stride, ctx.padding, needs_dimage
+    )
     return (
         dimage.permute(0, 3, 1, 2) if needs_dimage else None,
         dweight,
@@ -88,7 +119,9 @@ def _gradient(ctx, dy):
     )
 
 
-torch.library.register_autograd("hybridops::patch_embed", _gradient, setup_context=_setup, lib=library)
+torch.library.register_autograd(
+    "hybridops::patch_embed", _gradient, setup_context=_setup, lib=library
+)
 
 _forward = torch.ops.hybridops.patch_embed.default
 
@@ -108,11 +141,11 @@ def patch_embed(
     std: Tensor | None = None,
     packed: Tensor | None = None,
 ) -> Tensor:
-    """image (B, Ci, H, W), any memory format, float or uint8 -> tokens (B, P + Ho*Wo, C), contiguous.
+    """image (B, Ci, H, W), any memory format, float or uint8 -> tokens (B, P + Ho*Wo, C).
 
-    weight (C, Ci, Kh, Kw), bias (C,), stride: default Kh, norm = (weight (C,), bias (C,) or None, eps),
-    pos_embed (N or P + N, C) or with a leading 1, prefix tokens (P, C) or (1, P, C).
-    mean, std (Ci,): the image enters as (image - mean) / std; a uint8 image is divided by 255 first.
+    weight (C, Ci, Kh, Kw), bias (C,), stride: default Kh, norm = (weight (C,), bias (C,) or None,
+    eps), pos_embed (N or P + N, C) or with a leading 1, prefix tokens (P, C) or (1, P, C). mean,
+    std (Ci,): the image enters as (image - mean) / std; a uint8 image is divided by 255 first.
     packed = pack_patch(weight), without mean and std only.
 
     fp32 and bf16 (fp32 accumulation) have a CPU kernel; other dtypes go to the reference.
@@ -137,13 +170,17 @@ def patch_embed(
         raise ValueError(f"{op}: image must be on {weight.device} like weight, got {image.device}")
     C, Ci, *kernel = weight.shape
     if image.shape[1] != Ci or 0 in kernel:
-        raise ValueError(f"{op}: weight must be (C, {image.shape[1]}, Kh, Kw), got {tuple(weight.shape)}")
+        raise ValueError(
+            f"{op}: weight must be (C, {image.shape[1]}, Kh, Kw), got {tuple(weight.shape)}"
+        )
     stride = kernel[0] if stride is None else stride
     check_int(op, "stride", stride, 1)
     sides = resolve_padding(op, padding, kernel, stride, tuple(image.shape[2:]))
     Ho, Wo = output_size(image.shape[2:], kernel, stride, sides)
     if Ho < 1 or Wo < 1:
-        raise ValueError(f"{op}: weight {tuple(weight.shape)} does not fit image {tuple(image.shape)}")
+        raise ValueError(
+            f"{op}: weight {tuple(weight.shape)} does not fit image {tuple(image.shape)}"
+        )
     for name, vector in (("bias", bias), ("norm weight", norm_weight), ("norm bias", norm_bias)):
         if vector is not None:
             check_tensor(op, name, vector, 1, like=weight)
@@ -163,7 +200,9 @@ def patch_embed(
         return patch_embed_reference(
             image, weight, bias, norm_weight, norm_bias, eps, pos_embed, prefix, stride, sides
         )
-    return _forward(image, weight, bias, packed, norm_weight, norm_bias, eps, pos_embed, prefix, stride, sides)
+    return _forward(
+        image, weight, bias, packed, norm_weight, norm_bias, eps, pos_embed, prefix, stride, sides
+    )
 
 
 def _rows(op, name, x, like, counts):
@@ -173,7 +212,11 @@ def _rows(op, name, x, like, counts):
     check_tensor(op, name, x, None, like=like)
     if x.ndim == 3 and x.shape[0] == 1:
         x = x[0]
-    if x.ndim != 2 or x.shape[1] != like.shape[0] or (counts is not None and x.shape[0] not in counts):
+    if (
+        x.ndim != 2
+        or x.shape[1] != like.shape[0]
+        or (counts is not None and x.shape[0] not in counts)
+    ):
         rows = "P" if counts is None else f"{counts[0]} or {counts[1]}"
         raise ValueError(f"{op}: {name} must be ({rows}, {like.shape[0]}), got {tuple(x.shape)}")
     return x
@@ -194,11 +237,11 @@ def _fold_normalisation(op, image, weight, bias, mean, std, sides):
 
 
 def is_planar(weight):
-    """Few channels and wide patches: the kernel reads runs of Kw pixels straight from the NCHW planes."""
+    """Few channels, wide patches: the kernel reads runs of Kw pixels from the NCHW planes."""
     return weight.shape[1] <= 4 and weight.shape[3] >= 8
 
 
 def pack_patch(weight: Tensor) -> Tensor | None:
-    """weight (C, Ci, Kh, Kw) in the CPU kernel's panel order, or None where no CPU library serves it."""
+    """weight (C, Ci, Kh, Kw) in the CPU kernel's panel order; None if no library serves it."""
     check_tensor("pack_patch", "weight", weight, 4)
     return pack_linear(weight.flatten(1)) if is_planar(weight) else pack_conv(weight)

@@ -1,10 +1,12 @@
 """Positional encoding generator (CPVT, Chu et al. 2021): a depthwise K x K conv on the token grid.
 
-    z = bias + sum_ij weight[i, j] * x[h * stride + i - padding, w * stride + j - padding]    per image and channel
-    y = activation(z) + x        (residual)        or        y = x * sigmoid(z)        (gate, ResT)
+    z = bias + sum_ij weight[i, j] * x[h * stride + i - padding, w * stride + j - padding]    per
+    image and channel y = activation(z) + x        (residual)        or        y = x * sigmoid(z)
+    (gate, ResT)
 
 Zero outside the grid. The first `prefix` tokens (a class token, say) pass through unchanged.
-The same op serves CMT's LPU, CvT's projections, CoaT's and Twins' position convolutions, depthwise layers of MobileNet.
+The same op serves CMT's LPU, CvT's projections, CoaT's and Twins' position convolutions, depthwise
+layers of MobileNet.
 """
 
 from __future__ import annotations
@@ -35,7 +37,9 @@ def peg_reference(x, weight, bias, H, W, prefix, stride, padding, residual, acti
     image = grid.transpose(1, 2).unflatten(2, (H, W))
     if 0 in image.shape[1:]:  # torch's conv2d refuses these
         z = weight.sum((1, 2, 3)) if bias is None else weight.sum((1, 2, 3)) + bias
-        cells = output_size(H, weight.shape[2], stride, padding) * output_size(W, weight.shape[3], stride, padding)
+        cells = output_size(H, weight.shape[2], stride, padding) * output_size(
+            W, weight.shape[3], stride, padding
+        )
         z = z.expand(x.shape[0], cells, -1)
     else:
         z = F.conv2d(image, weight, bias, stride=stride, padding=padding, groups=x.shape[2])
@@ -52,12 +56,14 @@ def output_size(size, K, stride, padding):
 
 # contract
 ARGS = (
-    "Tensor x, Tensor weight, Tensor? bias, SymInt H, SymInt W, int prefix, int stride, int padding, bool residual, "
+    "Tensor x, Tensor weight, Tensor? bias, SymInt H, SymInt W, int prefix, int stride, int "
+    "padding, bool residual, "
     "int activation, bool gate"
 )
 library.define(f"peg({ARGS}) -> Tensor")
 library.define(
-    "peg_backward(Tensor dy, Tensor x, Tensor weight, SymInt H, SymInt W, int prefix, int stride, int padding, "
+    "peg_backward(Tensor dy, Tensor x, Tensor weight, SymInt H, SymInt W, int prefix, int stride, "
+    "int padding, "
     "bool residual) -> (Tensor, Tensor, Tensor)"
 )
 
@@ -74,9 +80,22 @@ def _(dy, x, weight, *args):
     return x.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape[:1])
 
 
-# gradient: dx, dweight and dbias of the plain conv (+ residual) in one pass; activation and gate, rarer, in torch
+# gradient: dx, dweight and dbias of the plain conv (+ residual) in one pass; activation and gate,
+# rarer, in torch
 def _setup(ctx, inputs, output):
-    x, weight, bias, ctx.H, ctx.W, ctx.prefix, ctx.stride, ctx.padding, ctx.residual, ctx.activation, ctx.gate = inputs
+    (
+        x,
+        weight,
+        bias,
+        ctx.H,
+        ctx.W,
+        ctx.prefix,
+        ctx.stride,
+        ctx.padding,
+        ctx.residual,
+        ctx.activation,
+        ctx.gate,
+    ) = inputs
     ctx.save_for_backward(x, weight, bias)
 
 
@@ -121,13 +140,15 @@ def peg(
     activation: str = "none",
     gate: bool = False,
 ) -> Tensor:
-    """x (B, prefix + H*W, C), weight (C, 1, K, K), bias (C,), grid (H, W) -> (B, prefix + Ho*Wo, C), contiguous.
+    """x (B, prefix + H*W, C), weight (C, 1, K, K), bias (C,) -> (B, prefix + Ho*Wo, C).
 
-    padding: default K // 2. residual needs an output grid like the input's (stride 1 and padding K // 2), and so does
-    gate, which gives x * sigmoid(z) in place of the residual. activation applies to the convolution's output z.
+    padding: default K // 2. residual needs an output grid like the input's (stride 1 and padding K
+    // 2), and so does gate, which gives x * sigmoid(z) in place of the residual. activation applies
+    to the convolution's output z.
 
     fp32 and bf16 (fp32 accumulation) have a CPU kernel; other dtypes go to the reference.
-    Raises ValueError for shapes that do not fit, TypeError for dtypes and for anything but ints where ints belong.
+    Raises ValueError for shapes that do not fit, TypeError for dtypes and for anything but ints
+    where ints belong.
     """
     code = activation_code("peg", activation)
     if is_autocast_on(x):
@@ -141,7 +162,7 @@ def peg(
     check_int("peg", "grid width", W, 0)
     check_int("peg", "prefix", prefix, 0)
     check_int("peg", "stride", stride, 1)
-    if N != prefix + H * W:
+    if prefix + H * W != N:
         raise ValueError(f"peg: x must be (B, {prefix} + {H}*{W}, C), got {tuple(x.shape)}")
     if weight.shape != (C, 1, K, K) or K == 0:
         raise ValueError(f"peg: weight must be ({C}, 1, K, K), got {tuple(weight.shape)}")
@@ -153,9 +174,13 @@ def peg(
         check_tensor("peg", "bias", bias, 1, like=x)
         check_shape("peg", "bias", bias, (C,))
     Ho, Wo = output_size(H, K, stride, padding), output_size(W, K, stride, padding)
-    fits = (Ho == 0 or Wo == 0) if H == 0 or W == 0 else (Ho > 0 and Wo > 0)  # an empty grid stays empty
+    fits = (
+        (Ho == 0 or Wo == 0) if H == 0 or W == 0 else (Ho > 0 and Wo > 0)
+    )  # an empty grid stays empty
     if Ho < 0 or Wo < 0 or not fits:
-        raise ValueError(f"peg: a {K}x{K} kernel with padding {padding} does not fit the {H}x{W} grid")
+        raise ValueError(
+            f"peg: a {K}x{K} kernel with padding {padding} does not fit the {H}x{W} grid"
+        )
     if (residual or gate) and (Ho, Wo) != (H, W):
         raise ValueError(
             f"peg: residual and gate need an output grid like the input's {H}x{W}, "
