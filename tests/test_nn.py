@@ -197,7 +197,10 @@ def gradients(module, inputs):
     dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y.dtype)
     names, leaves = zip(*module.named_parameters(), strict=True)
     names = (*names, *(f"input {i}" for i in range(len(inputs))))
-    return y.detach(), dict(zip(names, torch.autograd.grad(y, (*leaves, *inputs), dy), strict=True))
+    found = torch.autograd.grad(
+        y, (*leaves, *inputs), dy, allow_unused=True, materialize_grads=True
+    )
+    return y.detach(), dict(zip(names, found, strict=True))
 
 
 def forced(how: str):
@@ -320,6 +323,13 @@ def test_statistics_moved_by_training_are_seen(name):
             module(*inputs)
             module.eval()
         torch.testing.assert_close(ours(*inputs), original(*inputs), rtol=1e-4, atol=1e-5)
+
+
+def test_batch_statistics_of_wide_images():
+    original, ours = (randomize(m.ConvNorm(3, 8, 3, 2, 1)) for m in (timm_levit, hnn))
+    ours.load_state_dict(original.state_dict())
+    x = torch.randn(2, 3, 128, 96) + 1
+    accurate(ours(x), original(x), copy.deepcopy(original).double()(x.double()), "ConvNorm")
 
 
 def test_frozen_batch_norm_while_training():
