@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -135,7 +136,7 @@ def is_autocast_on(x: object) -> bool:
     return device != "meta" and torch.is_autocast_enabled(device)
 
 
-def autocast(x: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
+def autocast(x: Any, *others: Any) -> Any:
     """Under autocast, tensors in autocast's dtype, as torch's own matrix products take them."""
     if not is_autocast_on(x):
         return (x, *others)
