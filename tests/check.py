@@ -75,6 +75,8 @@ def outputs_and_gradients(
         accurate(dx, torchs_grads[name], grads64[name], what, factor=3, scale=scale)
 
     assert same_bits(y, again), f"{case}: a second run gives other bits"
+    with torch.inference_mode():
+        assert same_bits(y, run(case, inputs, backend)[0]), f"{case}: other bits in inference mode"
     for name, dx in grads.items():
         assert same_bits(dx, grads_again[name]), f"{case}: a second backward gives another d{name}"
     for name, value in inputs.items():

@@ -312,9 +312,10 @@ def test_the_good_call_works_and_many_bad_ones_are_listed(op):
     assert len(BAD[op]) >= 15
 
 
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize(("op", "change", "error", "words"), CALLS)
-def test_bad_call(op, change, error, words):
-    with pytest.raises(error, match=rf"^{op}: .*") as raised:
+def test_bad_call(op, change, error, words, mode):
+    with mode(), pytest.raises(error, match=rf"^{op}: .*") as raised:
         getattr(ops, op)(**GOOD[op] | change)
     assert raised.match(words)
     assert type(raised.value) in (ValueError, TypeError, IndexError)
@@ -322,11 +323,12 @@ def test_bad_call(op, change, error, words):
 
 @pytest.mark.parametrize("packed", [f(3), f(0), f(6, 3, 8, 8).double(), f(6 * 192 * 4)[::2]])
 @pytest.mark.parametrize("op", ["linear", "patch_embed", "conv_stem"])
-def test_a_packed_weight_of_another_shape_is_refused(op, packed, cpu_library):
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.inference_mode])
+def test_a_packed_weight_of_another_shape_is_refused(op, packed, mode, cpu_library):
     """Only the library knows its panel order, so this one check is in C++ (RuntimeError)."""
     good = GOOD[op]
     change = layer(packed=packed) if op == "conv_stem" else {"packed": packed}
-    with pytest.raises(RuntimeError, match=f"{op}: packed is not pack_"):
+    with mode(), pytest.raises(RuntimeError, match=f"{op}: packed is not pack_"):
         getattr(ops, op)(**good | change)
 
 

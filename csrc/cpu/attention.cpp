@@ -48,7 +48,9 @@ struct Bias {
       form = kTable;
       STD_TORCH_CHECK(bias->is_cpu() && bias_index->is_cpu() && bias->dim() == 2 &&
                           bias->size(0) == H && bias_index->dim() == 2 &&
-                          bias_index->size(0) == Nq && bias_index->size(1) == Nk,
+                          bias_index->size(0) == Nq && bias_index->size(1) == Nk &&
+                          (bias_index->scalar_type() == ScalarType::Long ||
+                           bias_index->scalar_type() == ScalarType::Int),
                       "attention: bias table and index do not fit");
       table_size = bias->size(1);
       stride_h = table_size;
@@ -155,7 +157,8 @@ struct Keys {
   }
 };
 
-void check(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& mask) {
+void check(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& bias,
+           const std::optional<Tensor>& bias_index, const std::optional<Tensor>& mask) {
   STD_TORCH_CHECK(q.dim() == 4 && k.dim() == 4 && v.dim() == 4,
                   "attention: q, k and v must have 4 dimensions");
   STD_TORCH_CHECK(k.size(0) == q.size(0) && v.size(0) == q.size(0) && k.size(1) == v.size(1) &&
@@ -163,6 +166,8 @@ void check(const Tensor& q, const Tensor& k, const Tensor& v, const std::optiona
                   "attention: q, k and v do not fit");
   STD_TORCH_CHECK(type_of(k) == type_of(q) && type_of(v) == type_of(q), "attention: dtypes differ");
   STD_TORCH_CHECK(k.is_cpu() && v.is_cpu(), "attention: k and v must be on the CPU like q");
+  STD_TORCH_CHECK(bias.has_value() ? type_of(*bias) == type_of(q) : !bias_index.has_value(),
+                  "attention: bias must have q's dtype, and bias_index needs it");
   STD_TORCH_CHECK(!mask.has_value() || (mask->is_cpu() && mask->scalar_type() == ScalarType::Bool &&
                                         mask->dim() == 2 && mask->size(0) == k.size(0) &&
                                         mask->size(1) == k.size(1)),
@@ -177,7 +182,7 @@ std::tuple<Tensor, Tensor> attention(Tensor q, Tensor k, Tensor v, std::optional
                                      std::optional<Tensor> bias_index,
                                      std::optional<Tensor> key_padding_mask, double scale,
                                      int64_t activation) {
-  check(q, k, v, key_padding_mask);
+  check(q, k, v, bias, bias_index, key_padding_mask);
   const int64_t B = q.size(0), Nq = q.size(1), H = q.size(2), Dv = v.size(3);
   Tensor out = empty({B, Nq, H, Dv}, q.scalar_type()), lse = empty({B, H, Nq}, ScalarType::Float);
   if (lse.numel() == 0) return {out, lse};
@@ -216,7 +221,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
     Tensor dy, Tensor q, Tensor k, Tensor v, std::optional<Tensor> bias,
     std::optional<Tensor> bias_index, std::optional<Tensor> key_padding_mask, Tensor out,
     Tensor lse, double scale, bool needs_dbias) {
-  check(q, k, v, key_padding_mask);
+  check(q, k, v, bias, bias_index, key_padding_mask);
   const int64_t B = q.size(0), Nq = q.size(1), H = q.size(2), Nk = k.size(1), D = q.size(3),
                 Dv = v.size(3);
   const ScalarType dtype = q.scalar_type();

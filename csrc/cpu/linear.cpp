@@ -1,6 +1,8 @@
 // hybridops::linear: see hybridops/ops/linear.py for the meaning.
 #include "linear.h"
 
+#include <cmath>
+
 namespace hybridops {
 
 using simd::plain_rows;
@@ -169,6 +171,9 @@ const float* panels_of(Scratch& scratch, const Tensor& weight,
 
 void linear_rows(const RowView& x, const LinearWeights& weights, Output output) {
   const int64_t M = x.rows, K = x.n, N = weights.N;
+  STD_TORCH_CHECK(
+      weights.norm_weight ? std::isfinite(weights.eps) && weights.eps >= 0 : !weights.norm_bias,
+      "linear: norm needs a weight and an eps that is finite and not negative");
   output.bias = weights.bias;
   if (x.type == Type::kFloat && !weights.norm_weight)
     return product_parallel(Rows{(const float*)x.data, plain_rows(x.stride), K}, M, weights.packed,

@@ -98,6 +98,13 @@ def check_shape(op: str, name: str, x: Tensor, expected: tuple[int, ...]) -> Non
         raise ValueError(f"{op}: {name} must have shape {expected}, got {tuple(x.shape)}")
 
 
+def check_one_device(op: str, *inputs: object) -> None:
+    """For fakes: torch calls the fake as soon as one tensor of several is on meta."""
+    devices = {str(x.device) for x in inputs if isinstance(x, Tensor)}
+    if len(devices) > 1:
+        raise RuntimeError(f"{op}: tensors on different devices: {', '.join(sorted(devices))}")
+
+
 def check_int(op: str, name: str, value: object, low: int, high: int = LARGEST) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         raise TypeError(f"{op}: {name} must be an int, got {type(value).__name__}")
@@ -128,6 +135,11 @@ def check_eps(op: str, name: str, eps: object) -> None:
         raise TypeError(f"{op}: {name} must be a number, got {type(eps).__name__}")
     if not (math.isfinite(eps) and eps >= 0):
         raise ValueError(f"{op}: {name} must be finite and not negative, got {eps}")
+
+
+def is_plain(scale: object) -> bool:
+    """Whether a scale needs no word from the door: None, or a finite float."""
+    return scale is None or (type(scale) is float and math.isfinite(scale))
 
 
 def is_autocast_on(x: object) -> bool:

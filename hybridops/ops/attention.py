@@ -24,10 +24,12 @@ from ._contract import (
     activation_backward,
     activation_code,
     autocast,
+    check_one_device,
     check_shape,
     check_tensor,
     differentiable_once,
     is_autocast_on,
+    is_plain,
     library,
 )
 
@@ -61,6 +63,7 @@ library.define(
 
 @torch.library.register_fake("hybridops::attention", lib=library)
 def _(q, k, v, *args):
+    check_one_device("attention", q, k, v, *args)
     B, Nq, H, _ = q.shape
     return q.new_empty((B, Nq, H, v.shape[3])), q.new_empty((B, H, Nq), dtype=torch.float32)
 
@@ -124,12 +127,11 @@ def attention(
     Raises ValueError for shapes that do not fit, TypeError for dtypes, IndexError for a bias_index
     outside the table.
     """
-    if backend.runs_at_once(q):
+    if backend.runs_at_once(q) and is_plain(scale):
         with suppress(*REFUSALS), backend.below_autograd():
             factor = q.shape[3] ** -0.5 if scale is None else scale
-            return _forward(q, k, v, bias, bias_index, key_padding_mask, factor, CODES[activation])[
-                0
-            ]
+            y, _ = _forward(q, k, v, bias, bias_index, key_padding_mask, factor, CODES[activation])
+            return y
     code = activation_code("attention", activation)
     if is_autocast_on(q):
         q, k, v, bias = autocast(q, k, v, bias)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .. import backend
-from ._contract import CODES, REFUSALS, library
+from ._contract import CODES, REFUSALS, check_one_device, is_plain, library
 from .attention import attention
 from .linear import linear
 
@@ -52,11 +52,13 @@ library.define(
 
 @torch.library.register_fake("hybridops::attention_layer", lib=library)
 def _(x, *args):
+    check_one_device("attention_layer", x, *args)
     return x.new_empty((*x.shape[:2], args[12].shape[0]))
 
 
 @torch.library.register_fake("hybridops::mlp_layer", lib=library)
 def _(x, *args):
+    check_one_device("mlp_layer", x, *args)
     return x.new_empty((*x.shape[:-1], args[7].shape[0]))
 
 
@@ -86,7 +88,7 @@ def attention_layer(
     head (LeViT). norm, bias, scale, activation as in `linear` and `attention`; activation stands
     between attention and `out`. Raises what `linear` and `attention` raise.
     """
-    if backend.runs_at_once(x):
+    if backend.runs_at_once(x) and is_plain(scale):
         factor = key_dim**-0.5 if scale is None else scale
         with suppress(*REFUSALS), backend.below_autograd():
             return _attention_layer(

@@ -23,6 +23,7 @@ from ._contract import (
     activation_backward,
     activation_code,
     autocast,
+    check_one_device,
     check_shape,
     check_tensor,
     differentiable_once,
@@ -53,6 +54,7 @@ library.define("pack_linear(Tensor weight) -> Tensor")
 
 @torch.library.register_fake("hybridops::linear", lib=library)
 def _(x, weight, *args):
+    check_one_device("linear", x, weight, *args)
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
