@@ -25,22 +25,19 @@ struct Cursor {
   }
 };
 
-// Brings the next panel into L2 while this one is multiplied, a share with every row tile. Weights
-// of a whole model come from L3 or DRAM at batch 1, where the first tile of each panel would
-// otherwise wait for them.
-struct Ahead {
-  const float* panel;
-  int64_t floats, row_begin, per_row;
+// The next panel, for the tiles of this one to fetch, each its share. At batch 1 the weights of a
+// whole model come from L3 or DRAM, where the first tile of every panel would wait for them.
+struct NextPanel {
+  const char* data;
+  int64_t row_begin, per_row, per_product;  // bytes for each row of a tile, and for each product
 
-  Ahead(const float* next, int64_t n, int64_t begin, int64_t end)
-      : panel(next),
-        floats(n),
+  NextPanel(const float* panel, int64_t width, int64_t K, int64_t begin, int64_t end)
+      : data((const char*)panel),
         row_begin(begin),
-        per_row((n / 16 + end - begin) / (end - begin + 1) * 16) {}
-  HYBRIDOPS_INLINE void fetch(int64_t m, int rows) const {
-    const int64_t from = (m - row_begin) * per_row, to = from + rows * per_row;
-    for (int64_t i = from; i < (to < floats ? to : floats); i += 16)
-      _mm_prefetch((const char*)(panel + i), _MM_HINT_T1);
+        per_row(width * K * 4 / (end - begin)),
+        per_product(width * 4 / (end - begin)) {}
+  HYBRIDOPS_INLINE Ahead share(int64_t m, int rows) const {
+    return {data + (m - row_begin) * per_row, rows * per_product};
   }
 };
 
@@ -50,7 +47,7 @@ struct ProductTile {
   const float* panel;
   int64_t column, N;
   const Output& output;
-  const Ahead& ahead;
+  const NextPanel& next;
 
   template <int MR, int NV>
   __attribute__((noinline)) void operator()(int64_t m) const {
@@ -58,7 +55,7 @@ struct ProductTile {
     Cursor from(rows.grid, m);
     HYBRIDOPS_UNROLL for (int i = 0; i < MR; ++i) a[i] = rows.data + from.next();
 
-    ahead.fetch(m, MR);
+    Ahead ahead = next.share(m, MR);
     Tile<MR, NV> tile = {};
     Totals<MR, NV> totals;
     const float* b = panel;
@@ -69,7 +66,7 @@ struct ProductTile {
           const int64_t length = totals.room(tile, left);
           const float* run[MR];
           HYBRIDOPS_UNROLL for (int r = 0; r < MR; ++r) run[r] = a[r] + offset;
-          multiply<MR, NV>(tile, run, b, length);
+          multiply<MR, NV>(tile, run, b, length, &ahead);
           b += length * NV * kLanes;
           offset += length;
           left -= length;
@@ -256,12 +253,13 @@ void pack(const void* source, Type type, int64_t stride_k, int64_t stride_n, int
 
 void product(const Rows& rows, int64_t row_begin, int64_t row_end, const float* packed, int64_t N,
              int64_t panel_begin, int64_t panel_end, const Output& output) {
+  if (row_begin == row_end) return;
   const Panels panels(N);
   const int64_t K = rows.count1 * rows.count2 * rows.length;
   for (int64_t p = panel_begin; p < panel_end; ++p) {
     const int64_t first = panels.offset(p) * kLanes, next = panels.offset(p + 1) * kLanes;
     const int64_t next_width = p + 1 < panel_end ? panels.width(p + 1) * kLanes : 0;
-    const Ahead ahead(packed + next * K, next_width * K, row_begin, row_end);
+    const NextPanel ahead(packed + next * K, next_width, K, row_begin, row_end);
     if (output.type == Type::kFloat)
       for_tiles(panels.width(p), row_begin, row_end,
                 ProductTile<float>{rows, packed + first * K, first, N, output, ahead});

@@ -32,11 +32,24 @@ struct Panels {
 template <int MR, int NV>
 using Tile = Vec[MR][NV];
 
-// tile += a[0..MR)[0..length) * b, b in rows of NV vectors
+// Memory that will be needed soon, `stride` bytes of it with every product: comes into L2 while the
+// arithmetic goes on. In one burst the same prefetches would stall it.
+struct Ahead {
+  const char* next = nullptr;
+  int64_t stride = 0;
+};
+
+// tile += a[0..MR)[0..length) * b, b in rows of NV vectors. The loop is left to gcc to unroll,
+// late: unrolled by hand, it loads each vector of b again for every row.
 template <int MR, int NV>
 HYBRIDOPS_INLINE void multiply(Tile<MR, NV>& tile, const float* const (&a)[MR], const float* b,
-                               int64_t length) {
+                               int64_t length, Ahead* ahead = nullptr) {
+  const char* next = ahead ? ahead->next : nullptr;
   _Pragma("GCC unroll 4") for (int64_t k = 0; k < length; ++k, b += NV * kLanes) {
+    if (ahead) {
+      _mm_prefetch(next, _MM_HINT_T1);
+      next += ahead->stride;
+    }
     Vec right[NV];
     HYBRIDOPS_UNROLL for (int v = 0; v < NV; ++v) right[v] = load(b + v * kLanes);
     HYBRIDOPS_UNROLL for (int m = 0; m < MR; ++m) {
@@ -44,6 +57,7 @@ HYBRIDOPS_INLINE void multiply(Tile<MR, NV>& tile, const float* const (&a)[MR], 
       HYBRIDOPS_UNROLL for (int v = 0; v < NV; ++v) tile[m][v] = fma(left, right[v], tile[m][v]);
     }
   }
+  if (ahead) ahead->next = next;
 }
 
 // The same with a given transposed: a[k * stride + m]
