@@ -21,13 +21,16 @@ struct Patches {
 // The rows under the patches of one image: where it lies if its planes can be read directly, else
 // in `buffer`.
 Rows rows_of(const Image& image, const Patches& p, float* buffer) {
+  const bool in_place = p.Hp == image.H && p.Wp == image.W && image.type == Type::kFloat;
   if (!p.planar) {
+    if (in_place && image.stride_c == 1 && image.stride_w == p.Ci)
+      return {(const float*)image.data, Grid{p.Wo, p.stride * image.stride_h, p.stride * p.Ci},
+              p.Kw * p.Ci, p.Kh, image.stride_h};
     simd::load_padded(image, p.top, p.left, p.Wp, 0, p.Hp, buffer);
     return {buffer, Grid{p.Wo, p.stride * p.Wp * p.Ci, p.stride * p.Ci}, p.Kw * p.Ci, p.Kh,
             p.Wp * p.Ci};
   }
-  const bool unpadded = p.Hp == image.H && p.Wp == image.W;
-  if (unpadded && image.type == Type::kFloat && image.stride_w == 1)
+  if (in_place && image.stride_w == 1)
     return {(const float*)image.data,
             Grid{p.Wo, p.stride * image.stride_h, p.stride},
             p.Kw,

@@ -22,6 +22,13 @@ void load_rows(const Image& image, int64_t top, int64_t left, int64_t Wp, int64_
     std::fill(to, to + left * image.C, 0.0f);
     std::fill(to + (left + image.W) * image.C, to + Wp * image.C, 0.0f);
     to += left * image.C;
+    if (image.stride_c == 1) {  // channels lie side by side already
+      for (int64_t w = 0; w < image.W; ++w, to += image.C) {
+        const T* from = data + h * image.stride_h + w * image.stride_w;
+        for (int64_t c = 0; c < image.C; ++c) to[c] = to_float(from[c]);
+      }
+      continue;
+    }
     for (int64_t c = 0; c < image.C; ++c) {
       const T* from = data + h * image.stride_h + c * image.stride_c;
       for (int64_t w = 0; w < image.W; ++w)
