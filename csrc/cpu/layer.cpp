@@ -48,11 +48,7 @@ Tensor mlp_layer(Tensor x, std::optional<Tensor> norm_weight, std::optional<Tens
   sizes.back() = down.N;
   Tensor y = empty(sizes, x.scalar_type());
   if (y.numel() == 0) return y;
-  float* hidden = scratch.take(rows.rows * up.N);
-  Output between{hidden, Type::kFloat, simd::plain_rows(up.N)};
-  between.activation = activation;
-  linear_rows(rows, up, between);
-  linear_rows(RowView(hidden, rows.rows, up.N), down, output_to(y, rows, residual));
+  linear_pair(rows, up, activation, down, output_to(y, rows, residual));
   return y;
 }
 

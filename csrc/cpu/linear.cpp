@@ -169,34 +169,71 @@ const float* panels_of(Scratch& scratch, const Tensor& weight,
   return (const float*)packed->const_data_ptr();
 }
 
-void linear_rows(const RowView& x, const LinearWeights& weights, Output output) {
-  const int64_t M = x.rows, K = x.n, N = weights.N;
-  STD_TORCH_CHECK(
-      weights.norm_weight ? std::isfinite(weights.eps) && weights.eps >= 0 : !weights.norm_bias,
-      "linear: norm needs a weight and an eps that is finite and not negative");
-  output.bias = weights.bias;
+void linear_part(const RowView& x, const LinearWeights& weights, const Output& output, int64_t row,
+                 int64_t row_end, int64_t panel, int64_t panel_end) {
+  const int64_t K = x.n, N = weights.N;
+  Output part = output;
+  part.bias = weights.bias;
   if (x.type == Type::kFloat && !weights.norm_weight)
-    return product_parallel(Rows{(const float*)x.data, plain_rows(x.stride), K}, M, weights.packed,
-                            N, output);
-  // LayerNorm, or a widening to fp32, of the rows that a task needs, in front of its products
-  for_tasks(Split(M, N, threads(), true), M, N,
+    return simd::product(Rows{(const float*)x.data, plain_rows(x.stride), K}, row, row_end,
+                         weights.packed, N, panel, panel_end, part);
+  // LayerNorm, or a widening to fp32, of these rows, in front of their products
+  Scratch scratch;
+  float* rows = scratch.take((row_end - row) * K);
+  const void* from = offset(x.data, x.type, row * x.stride);
+  if (weights.norm_weight)
+    simd::layer_norm(from, x.type, x.stride, row_end - row, K, weights.norm_weight,
+                     weights.norm_bias, weights.eps, rows, K);
+  else
+    simd::to_float(from, x.type, x.stride, row_end - row, K, rows, K);
+  part.data = offset(output.data, output.type, row * output.grid.inner_stride);
+  if (output.residual)
+    part.residual = offset(output.residual, output.type, row * output.residual_grid.inner_stride);
+  simd::product(Rows{rows, plain_rows(K), K}, 0, row_end - row, weights.packed, N, panel, panel_end,
+                part);
+}
+
+void linear_rows(const RowView& x, const LinearWeights& weights, const Output& output) {
+  const bool in_place = x.type == Type::kFloat && !weights.norm_weight;
+  for_tasks(Split(x.rows, weights.N, threads(), !in_place), x.rows, weights.N,
             [&](int64_t row, int64_t row_end, int64_t panel, int64_t panel_end) {
-              Scratch scratch;
-              float* rows = scratch.take((row_end - row) * K);
-              const void* from = offset(x.data, x.type, row * x.stride);
-              if (weights.norm_weight)
-                simd::layer_norm(from, x.type, x.stride, row_end - row, K, weights.norm_weight,
-                                 weights.norm_bias, weights.eps, rows, K);
-              else
-                simd::to_float(from, x.type, x.stride, row_end - row, K, rows, K);
-              Output part = output;
-              part.data = offset(output.data, output.type, row * output.grid.inner_stride);
-              if (output.residual)
-                part.residual =
-                    offset(output.residual, output.type, row * output.residual_grid.inner_stride);
-              simd::product(Rows{rows, plain_rows(K), K}, 0, row_end - row, weights.packed, N,
-                            panel, panel_end, part);
+              linear_part(x, weights, output, row, row_end, panel, panel_end);
             });
+}
+
+void linear_pair(const RowView& x, const LinearWeights& up, int64_t activation,
+                 const LinearWeights& down, const Output& output) {
+  const int64_t M = x.rows, hidden = up.N, T = threads();
+  const int64_t tile = simd::row_tile();
+  if (M < 8 * tile * T) {  // few rows: each product is cut by panels, with its own barrier
+    Scratch scratch;
+    float* between = scratch.take(M * hidden);
+    Output middle{between, Type::kFloat, plain_rows(hidden)};
+    middle.activation = activation;
+    linear_rows(x, up, middle);
+    return linear_rows(RowView(between, M, hidden), down, output);
+  }
+  // A block of rows goes through both products at once: what lies between them stays in cache.
+  const int64_t blocks = divide_up(divide_up(M, kRowBlock), T) * T;
+  const int64_t rows = divide_up(divide_up(M, blocks), tile) * tile;
+  parallel(divide_up(M, rows), [&](int64_t begin, int64_t end) {
+    Scratch scratch;
+    float* between = scratch.take(rows * hidden);
+    for (int64_t row = begin * rows; row < std::min(end * rows, M); row += rows) {
+      const int64_t n = std::min(rows, M - row);
+      RowView block = x;
+      block.data = offset(x.data, x.type, row * x.stride);
+      Output middle{between, Type::kFloat, plain_rows(hidden)};
+      middle.activation = activation;
+      linear_part(block, up, middle, 0, n, 0, simd::panel_count(hidden));
+      Output part = output;
+      part.data = offset(output.data, output.type, row * output.grid.inner_stride);
+      if (output.residual)
+        part.residual =
+            offset(output.residual, output.type, row * output.residual_grid.inner_stride);
+      linear_part(RowView(between, n, hidden), down, part, 0, n, 0, simd::panel_count(down.N));
+    }
+  });
 }
 
 void weight_gradient(const RowView& dz, int64_t N, int64_t K, RowChunk chunk, const void* context,

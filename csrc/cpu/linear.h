@@ -25,9 +25,12 @@ struct LinearWeights {
   float eps = 0.0f;
 };
 
-// output = linear(norm(x)): see Output for what follows the product. output.bias is taken from the
-// weights.
-void linear_rows(const RowView& x, const LinearWeights& weights, Output output);
+// output = linear(norm(x)): see Output for what follows the product. The bias is the weights'.
+void linear_rows(const RowView& x, const LinearWeights& weights, const Output& output);
+
+// output = down(activation(up(norm(x)))), the numbers in between in fp32.
+void linear_pair(const RowView& x, const LinearWeights& up, int64_t activation,
+                 const LinearWeights& down, const Output& output);
 
 // The panels of a weight (N, K): `packed` if it is given and fits, else packed into scratch.
 const float* panels_of(Scratch& scratch, const Tensor& weight, const std::optional<Tensor>& packed);
