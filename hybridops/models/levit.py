@@ -13,12 +13,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .. import backend
 from ..nn import ConvStem, DropPath, LinearNorm, NormLinear
 from ..nn import RelPosAttention as Attention
 from ..nn import RelPosAttentionDownsample as AttentionDownsample
 from ..nn._fusion import activation_name, is_off, is_ours
-from ..nn.linear import linear_norm
+from ..nn.linear import folded, linear_norm
 from ..nn.rel_pos_attention import rel_pos_attention
+from ..ops import mlp_layer
 
 
 def _drop_path(p: float) -> nn.Module:
@@ -43,6 +45,10 @@ def levit_mlp(module: Any, x: Tensor, residual: Tensor | None = None) -> Tensor:
     """module(x) + residual for a LevitMlp."""
     m = module._modules
     name = activation_name(m["act"])
+    if name is not None and backend.runs_at_once(x) and is_off(m["drop"]):
+        up, down = folded(m["ln1"]), folded(m["ln2"])
+        if up is not None and down is not None and (residual is None or residual is x):
+            return mlp_layer(x, up, down, activation=name, residual=residual is not None)
     x = linear_norm(m["ln1"], x, name or "none")
     if name is None:
         x = m["act"](x)

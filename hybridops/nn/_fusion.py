@@ -14,7 +14,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from .. import backend, ops
 from ..ops._contract import ACTIVATIONS as ACTIVATE
-from ._derived import linear_weights
+from ._derived import Weights, linear_weights
 
 LINEARS = {nn.Linear, NonDynamicallyQuantizableLinear}
 CONVS = {nn.Conv2d}
@@ -82,6 +82,14 @@ def norm_args(norm: Any, x: Tensor) -> tuple[Tensor, Tensor | None, float] | Non
 def keeps_fp32(x: Tensor) -> bool:
     """Autocast: torch computes LayerNorm and the residual stream in fp32, so they stay apart."""
     return torch.is_autocast_enabled(x.device.type)
+
+
+def plain_linears(owner: nn.Module, *names: str) -> list[Weights] | None:
+    """The weights of these children, or None unless all may be computed without being called."""
+    layers: list[Any] = [owner._modules[name] for name in names]
+    if not all(is_plain(layer, LINEARS) for layer in layers):
+        return None
+    return [linear_weights(owner, *named) for named in zip(names, layers, strict=True)]
 
 
 def fused_linear(

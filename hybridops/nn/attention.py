@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .. import backend, ops
 from ._derived import weight_rows
-from ._fusion import LINEARS, fused_linear, is_off, is_plain, keeps_fp32, norm_args
+from ._fusion import LINEARS, fused_linear, is_off, is_plain, keeps_fp32, norm_args, plain_linears
 
 
 class Attention(nn.Module):
@@ -65,6 +65,9 @@ class Attention(nn.Module):
         return self_attention(self, x, attn_mask=attn_mask, is_causal=is_causal)
 
 
+_NOTHING = (nn.Identity, type(None))
+
+
 def _norm(layer, features, where):
     return nn.Identity() if layer is None else layer(features, **where)
 
@@ -78,6 +81,10 @@ def self_attention(
     is_causal: bool = False,
 ) -> Tensor:
     """module(norm(x)) + residual for an Attention (timm's or ours)."""
+    if attn_mask is None and not is_causal and backend.runs_at_once(x):
+        y = _at_once(module, x, norm, residual)
+        if y is not None:
+            return y
     B, N, _ = x.shape
     gated = module._modules.get("gate") is not None
     if gated and norm is not None:
@@ -88,6 +95,31 @@ def self_attention(
     if gated:
         out = module.norm(out) * module.gate(x).sigmoid()
     return _project(module, out, None if gated else module._modules.get("norm"), residual)
+
+
+def _at_once(module, x, norm, residual):
+    """self_attention() without a mask in one dispatch, or None where it takes several."""
+    children = module._modules
+    if residual is not None and residual is not x:
+        return None
+    if not all(type(children.get(n)) in _NOTHING for n in ("q_norm", "k_norm", "norm", "gate")):
+        return None
+    if not (is_off(children.get("attn_drop")) and is_off(children.get("proj_drop"))):
+        return None
+    affine = None if norm is None else norm_args(norm, x)
+    layers = plain_linears(module, "qkv", "proj")
+    if layers is None or (norm is not None and affine is None):
+        return None
+    heads = module.num_heads
+    return ops.attention_layer(
+        x,
+        *layers,
+        heads=heads,
+        key_dim=layers[0].weight.shape[0] // (3 * heads),
+        scale=module.scale,
+        norm=affine,
+        residual=residual is not None,
+    )
 
 
 def first_tokens_attention(module: Any, x: Tensor, norm: nn.Module, count: int) -> Tensor | None:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import backend, ops
 from ..ops._contract import ACTIVATIONS
-from ._derived import linear_weights, normed_linear_weights
+from ._derived import Weights, linear_weights, normed_linear_weights
 from ._fusion import BATCH_NORMS, LINEARS, finish, is_off, is_ours, is_plain, keeps_fp32
 
 
@@ -81,6 +80,18 @@ def linear_norm(
     return finish(module(x), activation, residual)
 
 
+def folded(module: Any) -> Weights | None:
+    """A LinearNorm as one linear layer, or None where it must be called or has batch statistics."""
+    if not is_ours(module, LinearNorm):
+        return None
+    linear, bn = module._modules["linear"], module._modules["bn"]
+    if not is_plain(linear, LINEARS) or not is_plain(bn, BATCH_NORMS):
+        return None
+    if bn.training or bn.running_mean is None:
+        return None
+    return linear_weights(module, "folded", linear, bn)
+
+
 def _linear_norm(module, x, activation, residual):
     linear, bn = module._modules["linear"], module._modules["bn"]
     plain = is_plain(linear, LINEARS) and is_plain(bn, BATCH_NORMS)
@@ -134,8 +145,3 @@ class NormLinear(nn.Module):
             return ops.linear(drop(bn(x)), w.weight, w.bias, packed=w.packed)
         w = normed_linear_weights(self, "folded", bn, linear)
         return ops.linear(x, w.weight, w.bias, packed=w.packed)
-
-
-def average_of(first: nn.Module, second: nn.Module, x: Tensor) -> Tensor:
-    """(first(x) + second(x)) / 2, LeViT's heads at evaluation."""
-    return torch.add(first(x), second(x)).div_(2)

@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ._fusion import activation_name, fused_linear, is_off
+from .. import backend, ops
+from ._fusion import activation_name, fused_linear, is_off, norm_args, plain_linears
 
 
 class Mlp(nn.Module):
@@ -45,10 +46,35 @@ class Mlp(nn.Module):
         return mlp(self, x)
 
 
+def _at_once(module, x, norm, residual):
+    """mlp() in one dispatch, or None where it takes several."""
+    children = module._modules
+    affine = None if norm is None else norm_args(norm, x)
+    activation = activation_name(children["act"])
+    if activation is None or (norm is not None and affine is None):
+        return None
+    if residual is not None and residual is not x:
+        return None
+    if type(children["norm"]) is not nn.Identity:
+        return None
+    if not (is_off(children["drop1"]) and is_off(children["drop2"])):
+        return None
+    layers = plain_linears(module, "fc1", "fc2")
+    if layers is None:
+        return None
+    return ops.mlp_layer(
+        x, *layers, activation=activation, norm=affine, residual=residual is not None
+    )
+
+
 def mlp(
     module: Any, x: Tensor, norm: nn.Module | None = None, residual: Tensor | None = None
 ) -> Tensor:
     """module(norm(x)) + residual for an Mlp (timm's or ours), in two products."""
+    if backend.runs_at_once(x):
+        y = _at_once(module, x, norm, residual)
+        if y is not None:
+            return y
     children = module._modules
     act = children["act"]
     name = activation_name(act)

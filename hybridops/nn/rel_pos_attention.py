@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .. import backend, ops
 from ._derived import derived
 from ._fusion import SEQUENTIALS, activation_name, finish, is_plain
-from .linear import LinearNorm, linear_norm
+from .linear import LinearNorm, folded, linear_norm
 
 
 def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
@@ -158,8 +158,41 @@ def _add_biases(module, stride, where):
     module.register_buffer("attention_bias_idxs", index, persistent=False)
 
 
+def _at_once(module, x, residual):
+    """rel_pos_attention() in one dispatch, or None where it takes several."""
+    proj = module._modules["proj"]
+    if not is_plain(proj, SEQUENTIALS) or (residual is not None and residual is not x):
+        return None
+    activation = activation_name(proj._modules["act"])
+    qkv, out = folded(module._modules["qkv"]), folded(proj._modules["ln"])
+    if activation is None or qkv is None or out is None:
+        return None
+    return ops.attention_layer(
+        x,
+        qkv,
+        out,
+        heads=module.num_heads,
+        key_dim=module.key_dim,
+        scale=module.scale,
+        interleaved=True,
+        bias=_dense_bias(module),
+        activation=activation,
+        residual=residual is not None,
+    )
+
+
+def _dense_bias(module):
+    """The bias of every score, (1, H, Nq, Nk), read out of the table once."""
+    biases, index = module.attention_biases, module.attention_bias_idxs
+    return derived(module, "bias", (biases, index), lambda: biases[:, index][None])
+
+
 def rel_pos_attention(module: Any, x: Tensor, residual: Tensor | None = None) -> Tensor:
     """module(x) + residual for a RelPosAttention (timm's or ours)."""
+    if backend.runs_at_once(x):
+        y = _at_once(module, x, residual)
+        if y is not None:
+            return y
     B, N, _ = x.shape
     D, Dv = module.key_dim, module.val_dim
     qkv = linear_norm(module._modules["qkv"], x).view(B, N, module.num_heads, -1)
@@ -194,8 +227,7 @@ def _attend(module, q, k, v, residual):
     if torch.is_grad_enabled() and biases.requires_grad:  # the kernel has the table's gradient
         bias = biases
     else:
-        bias = derived(module, "bias", (biases, index), lambda: biases[:, index][None])
-        index = None
+        bias, index = _dense_bias(module), None
     out = ops.attention(
         q, k, v, bias=bias, bias_index=index, scale=module.scale, activation=name or "none"
     ).flatten(2)
