@@ -1,6 +1,6 @@
 """hybridops: fast kernels for CNN-Transformer hybrid vision models."""
 
-from . import backend, ops
+from . import backend, models, nn, ops
 from .backend import BackendUnavailable, use
 from .optimize import NothingToOptimize, explain, optimize, report, restore, verify
 
@@ -10,6 +10,8 @@ __all__ = [
     "NothingToOptimize",
     "backend",
     "explain",
+    "models",
+    "nn",
     "ops",
     "optimize",
     "report",
