@@ -21,9 +21,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
+from cases import all_cases
+from check import run
+
 import hybridops
-from cases import all_cases  # noqa: E402
-from check import run  # noqa: E402
 
 ROUNDS, MIN_SECONDS = 15, 2e-3
 

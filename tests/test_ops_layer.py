@@ -1,4 +1,4 @@
-"""Whole layers in one dispatch: as right as the ops they are made of, and made of them elsewhere."""
+"""Whole layers in one dispatch: as right as the ops that they are made of."""
 
 import pytest
 import torch

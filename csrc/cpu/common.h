@@ -22,6 +22,9 @@ namespace hybridops {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+// As in ops/_contract.py: sides of an output multiply without overflow.
+constexpr int64_t kLargestPadding = 1 << 15;
+
 // Contiguous and uninitialised.
 inline Tensor empty(const std::vector<int64_t>& sizes, ScalarType type) {
   std::vector<int64_t> strides(sizes.size(), 1);

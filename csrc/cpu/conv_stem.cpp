@@ -72,7 +72,7 @@ int64_t padded_floats(const Size& s, const Sides& p, int64_t C) {
 Sides sides_at(const std::vector<int64_t>& paddings, size_t i) {
   STD_TORCH_CHECK(paddings.size() >= 4 * i + 4, "conv_stem: paddings are too few");
   for (size_t s = 0; s < 4; ++s)
-    STD_TORCH_CHECK(paddings[4 * i + s] >= 0 && paddings[4 * i + s] < INT32_MAX,
+    STD_TORCH_CHECK(paddings[4 * i + s] >= 0 && paddings[4 * i + s] <= kLargestPadding,
                     "conv_stem: bad padding");
   return {paddings[4 * i], paddings[4 * i + 1], paddings[4 * i + 2], paddings[4 * i + 3]};
 }

@@ -59,7 +59,8 @@ Tensor patch_embed(Tensor image, Tensor weight, std::optional<Tensor> bias,
                    std::optional<Tensor> prefix, int64_t stride, std::vector<int64_t> padding) {
   STD_TORCH_CHECK(image.dim() == 4 && weight.dim() == 4 && weight.size(1) == image.size(1) &&
                       stride > 0 && padding.size() == 4 &&
-                      *std::min_element(padding.begin(), padding.end()) >= 0,
+                      *std::min_element(padding.begin(), padding.end()) >= 0 &&
+                      *std::max_element(padding.begin(), padding.end()) <= kLargestPadding,
                   "patch_embed: image and weight do not fit");
   const int64_t B = image.size(0), C = weight.size(0), Ci = weight.size(1), Kh = weight.size(2),
                 Kw = weight.size(3);

@@ -19,7 +19,8 @@ Depthwise geometry(const Tensor& x, const Tensor& weight, int64_t H, int64_t W, 
   STD_TORCH_CHECK(weight.dim() == 4 && weight.size(0) == C && weight.size(1) == 1 &&
                       weight.size(2) == K && K > 0 && type_of(weight) == type_of(x),
                   "peg: weight does not fit x");
-  STD_TORCH_CHECK(stride > 0 && padding >= 0 && H + 2 * padding >= K && W + 2 * padding >= K,
+  STD_TORCH_CHECK(stride > 0 && padding >= 0 && padding <= kLargestPadding &&
+                      H + 2 * padding >= K && W + 2 * padding >= K,
                   "peg: the kernel does not fit the grid");
   return {H,
           W,

@@ -34,6 +34,7 @@ REFUSALS = (
 )
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 LARGEST = 2**31 - 1
+LARGEST_PADDING = 2**15  # so that no product of two sides of an output overflows 64 bits
 
 library = torch.library.Library("hybridops", "DEF")
 

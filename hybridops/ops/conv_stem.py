@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .. import backend
 from ._contract import (
+    LARGEST_PADDING,
     activate,
     activation_backward,
     activation_code,
@@ -110,7 +111,7 @@ def resolve_padding(op, padding, kernel, stride, size):
     else:
         four = (padding,) * 4
     for side in four:
-        check_int(op, "padding", side, 0)
+        check_int(op, "padding", side, 0, LARGEST_PADDING)
     return four
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .. import backend
 from ._contract import (
+    LARGEST_PADDING,
     activate,
     activation_backward,
     activation_code,
@@ -169,7 +170,7 @@ def peg(
     check_flag("peg", "residual", residual)
     check_flag("peg", "gate", gate)
     padding = K // 2 if padding is None else padding
-    check_int("peg", "padding", padding, 0)
+    check_int("peg", "padding", padding, 0, LARGEST_PADDING)
     if bias is not None:
         check_tensor("peg", "bias", bias, 1, like=x)
         check_shape("peg", "bias", bias, (C,))
