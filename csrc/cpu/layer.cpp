@@ -21,6 +21,7 @@ void set_norm(Scratch& scratch, LinearWeights& w, const std::optional<Tensor>& w
   w.norm_weight = vector_of(scratch, weight, K, type);
   w.norm_bias = vector_of(scratch, bias, K, type);
   w.eps = (float)eps;
+  w.check_norm();
 }
 
 Output output_to(Tensor& y, const RowView& x, bool residual) {

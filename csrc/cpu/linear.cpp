@@ -97,6 +97,7 @@ Tensor linear(Tensor x, Tensor weight, std::optional<Tensor> bias, std::optional
   weights.norm_weight = vector_of(scratch, norm_weight, K, rows.type);
   weights.norm_bias = vector_of(scratch, norm_bias, K, rows.type);
   weights.eps = (float)eps;
+  weights.check_norm();
   linear_rows(rows, weights, output);
   return y;
 }

@@ -1,6 +1,8 @@
 // Right-hand sides packed on the fly, and the two products of a backward pass, for the ops that
 // need them.
 #pragma once
+#include <cmath>
+
 #include "common.h"
 
 namespace hybridops {
@@ -23,6 +25,11 @@ struct LinearWeights {
   const float* bias = nullptr;
   const float *norm_weight = nullptr, *norm_bias = nullptr;
   float eps = 0.0f;
+
+  void check_norm() const {
+    STD_TORCH_CHECK(norm_weight ? std::isfinite(eps) && eps >= 0 : !norm_bias,
+                    "linear: norm needs a weight and an eps that is finite and not negative");
+  }
 };
 
 // output = linear(norm(x)): see Output for what follows the product. The bias is the weights'.
