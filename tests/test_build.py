@@ -84,25 +84,6 @@ def test_without_a_compiler_the_build_is_pure_python(tmp_path, compiler):
     assert list(tmp_path.rglob("*.so")) == []
 
 
-EMULATED = ROOT / "build/_cpu_emulated512.so"
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not EMULATED.exists(), reason="not built (make emulated512)")
-@pytest.mark.skipif("HYBRIDOPS_LIBRARY" in os.environ, reason="this run has a library of its own")
-def test_sixteen_lane_code_passes_the_op_tests():
-    # The AVX-512 sources on AVX2: the op tests again, in a process that loads that library.
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
-    environment["HYBRIDOPS_LIBRARY"] = str(EMULATED)
-    loaded = "from hybridops import backend; print(backend.library())"
-    command = [sys.executable, "-c", loaded]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.stdout.strip() == str(EMULATED), done.stdout + done.stderr
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_ops.py"]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-4000:]
-
-
 def test_host_module_measures():
     host = pytest.importorskip("hybridops._host", reason="hybridops._host was not built")
     features = host.cpu_features()
