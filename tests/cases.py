@@ -224,6 +224,13 @@ CONV_STEM = [
     ConvStem("same", H=21, W=24, layers=(Conv(16, 3, 2, "same", "silu"), Conv(9, 5, 1, "same"))),
     ConvStem("same_pool", H=20, W=20, layers=(Conv(16, 7, 2, "same"),), pool=(3, 2, "same")),
     ConvStem("four_paddings", H=11, W=10, layers=(Conv(16, 3, 1, (0, 1, 2, 3), "gelu"),)),
+    ConvStem(
+        "four_paddings_between",
+        H=9,
+        W=10,
+        layers=(Conv(10, 3, 1, activation="relu"), Conv(9, 3, 2, (0, 2, 1, 1), "silu")),
+        pool=(3, 2, (1, 0, 0, 1)),
+    ),
     ConvStem("odd_channels", H=13, W=11, Ci=5, layers=(Conv(7, activation="gelu"), Conv(3, 3, 1))),
     ConvStem("one_channel", H=9, W=9, Ci=1, layers=(Conv(1, 3, 1),)),
     ConvStem("pointwise", H=7, W=7, Ci=33, layers=(Conv(40, 1, 1, 0, "silu"),)),

@@ -150,9 +150,11 @@ Tensor pack_linear(Tensor weight) {
 
 void product_parallel(const Rows& rows, int64_t M, const float* packed, int64_t N,
                       const Output& output) {
+  Output whole = output;
+  whole.few_rows = M < 4;
   for_tasks(Split(M, N, threads(), false), M, N,
             [&](int64_t row, int64_t row_end, int64_t panel, int64_t panel_end) {
-              simd::product(rows, row, row_end, packed, N, panel, panel_end, output);
+              simd::product(rows, row, row_end, packed, N, panel, panel_end, whole);
             });
 }
 
@@ -195,10 +197,12 @@ void linear_part(const RowView& x, const LinearWeights& weights, const Output& o
 }
 
 void linear_rows(const RowView& x, const LinearWeights& weights, const Output& output) {
+  Output whole = output;
+  whole.few_rows = x.rows < 4;
   const bool in_place = x.type == Type::kFloat && !weights.norm_weight;
   for_tasks(Split(x.rows, weights.N, threads(), !in_place), x.rows, weights.N,
             [&](int64_t row, int64_t row_end, int64_t panel, int64_t panel_end) {
-              linear_part(x, weights, output, row, row_end, panel, panel_end);
+              linear_part(x, weights, whole, row, row_end, panel, panel_end);
             });
 }
 

@@ -90,7 +90,9 @@ HeadRows from(HeadRows rows, int64_t begin) {
 
 void multiply_all(const float* a, int64_t stride, int64_t length, int64_t rows, const float* packed,
                   int64_t N, const Output& output) {
-  product(Rows{a, plain_rows(stride), length}, 0, rows, packed, N, 0, panel_count(N), output);
+  Output whole = output;
+  whole.few_rows = rows < 4;
+  product(Rows{a, plain_rows(stride), length}, 0, rows, packed, N, 0, panel_count(N), whole);
 }
 
 }  // namespace

@@ -57,7 +57,7 @@ struct ProductTile {
 
     Ahead ahead = next.share(m, MR);
     Tile<MR, NV> tile = {};
-    Totals<MR, NV> totals;
+    Totals<MR, NV> totals(chain_length(output.few_rows));
     const float* b = panel;
     for (int64_t i = 0; i < rows.count1; ++i)
       for (int64_t j = 0; j < rows.count2; ++j) {
@@ -122,7 +122,7 @@ struct PlainTile {
     const float* row[MR];
     HYBRIDOPS_UNROLL for (int i = 0; i < MR; ++i) row[i] = a + (m + i) * stride_a;
     Tile<MR, NV> tile = {};
-    Totals<MR, NV> totals;
+    Totals<MR, NV> totals(chain_length(MR < 4));
     const float* b = panel;
     for (int64_t k = 0; k < K;) {
       const int64_t length = totals.room(tile, K - k);

@@ -37,6 +37,7 @@ struct Output {
   int64_t activation = 0;
   const void* residual = nullptr;  // in `type`
   Grid residual_grid = {1, 0, 0};
+  bool few_rows = false;  // of the whole product, not of a task's part: sums in short chains
 };
 
 // The right-hand side (K, N) in panels: groups of columns that a register tile covers, K rows each,

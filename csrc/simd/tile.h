@@ -74,16 +74,20 @@ HYBRIDOPS_INLINE void multiply_transposed(Tile<MR, NV>& tile, const float* a, in
   }
 }
 
-// Long sums in two levels: after every `kRun` products the tile moves to memory and starts again
-// from zero, so that rounding errors grow with sqrt(kRun) instead of sqrt(K). Costs 2 % at 128;
-// torch's own products do no worse.
+// Long sums in two levels: after every `run` products the tile moves to memory and starts again
+// from zero, so that rounding errors grow with sqrt(run) instead of sqrt(K). Costs 2 % at 128;
+// torch's own products do no worse, but its matrix-vector products sum in many short chains. What a
+// whole product takes must not depend on a tile's rows: those follow from the number of threads.
+constexpr int64_t chain_length(bool few_rows) { return few_rows ? 32 : 128; }
+
 template <int MR, int NV>
 class Totals {
  public:
+  explicit Totals(int64_t run) : run_(run) {}
   // How many of `left` products may follow before the tile must move.
   HYBRIDOPS_INLINE int64_t room(Tile<MR, NV>& tile, int64_t left) {
-    if (done_ + (left < kRun ? left : 1) > kRun) move(tile);
-    const int64_t length = left < kRun - done_ ? left : kRun - done_;
+    if (done_ + (left < run_ ? left : 1) > run_) move(tile);
+    const int64_t length = left < run_ - done_ ? left : run_ - done_;
     done_ += length;
     return length;
   }
@@ -94,8 +98,6 @@ class Totals {
   }
 
  private:
-  static constexpr int64_t kRun =
-      MR < 4 ? 32 : 128;  // torch's matrix-vector products sum in many short chains
   HYBRIDOPS_INLINE void move(Tile<MR, NV>& tile) {
     HYBRIDOPS_UNROLL for (int i = 0; i < MR * NV; ++i) {
       const Vec before = moved_ ? load(sums_ + i * kLanes) : Vec{};
@@ -107,6 +109,7 @@ class Totals {
     done_ = 0;
   }
   alignas(64) float sums_[MR * NV * kLanes];
+  const int64_t run_;
   int64_t done_ = 0;
   bool moved_ = false;
 };
