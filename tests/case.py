@@ -171,10 +171,11 @@ class Linear(Case):
     activation: str = "none"
     packed: bool = False
     mean: float = 0.0  # of x: a large one makes LayerNorm's variance cancel
+    spread: float = 1.0  # of x: a small one leaves LayerNorm's eps to decide
 
     def tensors(self, draw):
         lead = self.M if isinstance(self.M, tuple) else (self.M,)
-        t = {"x": draw(*lead, self.K, mean=self.mean)}
+        t = {"x": draw(*lead, self.K, std=self.spread, mean=self.mean)}
         t["weight"] = draw(self.N, self.K, std=max(self.K, 1) ** -0.5)
         if self.bias:
             t["bias"] = draw(self.N)

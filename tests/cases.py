@@ -77,8 +77,10 @@ LINEAR = [
     Linear("packed", M=(1, 197), N=192, K=192, packed=True),
     Linear("packed_odd", M=13, N=37, K=41, packed=True, activation="gelu"),
     Linear("deep", M=33, N=192, K=1537, packed=True),
+    Linear("many_tokens", M=20000, N=7, K=9),  # its weight gradient is a sum over all of them
     Linear("norm", M=(2, 50), N=37, K=192, norm="affine"),
     Linear("norm_no_bias", M=7, N=17, K=33, norm="no_bias", bias=False),
+    Linear("norm_small", M=13, N=32, K=45, norm="affine", spread=1e-3),
     Linear("norm_offset", M=13, N=32, K=96, norm="affine", mean=50.0),
     Linear("residual", M=(2, 49), N=48, K=32, residual=True),
     Linear("mlp_in", M=(1, 49), N=256, K=64, norm="affine", activation="gelu", packed=True),
@@ -106,6 +108,7 @@ LINEAR = [
 PEG = [
     Peg("cpvt", H=14, W=14, C=48, prefix=1),
     Peg("cpvt_gap", H=14, W=14, C=33),
+    Peg("large_grid", B=3, H=96, W=80, C=9),  # its weight gradient is a sum over all of it
     *(Peg(f"k{K}", H=5, W=9, C=37, K=K, prefix=2) for K in (3, 5, 7, 9)),
     *(
         Peg(f"grid_{H}x{W}", H=H, W=W, C=19, K=K)

@@ -92,25 +92,34 @@ void backward(const T* dy, const T* x, const float* taps, const Depthwise& d, bo
               int64_t begin, int64_t end, T* dx, float* dtaps, float* dbias) {
   for (int64_t c = begin; c < end; c += kLanes) {
     const int64_t left = end - c;
-    Vec bias_sum = load_some(dbias + c, left);
+    // Sums in three levels, row, image, batch: rounding errors do not grow with the number of
+    // tokens.
     for (int64_t i = 0; i < d.K; ++i)
       for (int64_t j = 0; j < d.K; ++j) {
         float* slot = dtaps + (i * d.K + j) * d.C + c;
-        Vec tap_sum = load_some(slot, left);
+        Vec image_sum{};
         for (int64_t ho = 0; ho < d.Ho; ++ho) {
           const int64_t h = ho * d.stride - d.padding + i;
           if (h < 0 || h >= d.H) continue;
+          Vec row_sum{};
           for (int64_t wo = 0; wo < d.Wo; ++wo) {
             const int64_t w = wo * d.stride - d.padding + j;
             if (w < 0 || w >= d.W) continue;
-            tap_sum = fma(load_some(dy + (ho * d.Wo + wo) * d.C + c, left),
-                          load_some(x + (h * d.W + w) * d.C + c, left), tap_sum);
+            row_sum = fma(load_some(dy + (ho * d.Wo + wo) * d.C + c, left),
+                          load_some(x + (h * d.W + w) * d.C + c, left), row_sum);
           }
+          image_sum += row_sum;
         }
-        store_some(slot, tap_sum, left);
+        store_some(slot, load_some(slot, left) + image_sum, left);
       }
-    for (int64_t n = 0; n < d.Ho * d.Wo; ++n) bias_sum += load_some(dy + n * d.C + c, left);
-    store_some(dbias + c, bias_sum, left);
+    Vec bias_sum{};
+    for (int64_t ho = 0; ho < d.Ho; ++ho) {
+      Vec row_sum{};
+      for (int64_t wo = 0; wo < d.Wo; ++wo)
+        row_sum += load_some(dy + (ho * d.Wo + wo) * d.C + c, left);
+      bias_sum += row_sum;
+    }
+    store_some(dbias + c, load_some(dbias + c, left) + bias_sum, left);
     for (int64_t h = 0; h < d.H; ++h)
       for (int64_t w = 0; w < d.W; ++w) {
         Vec total = residual ? load_some(dy + (h * d.W + w) * d.C + c, left) : Vec{};

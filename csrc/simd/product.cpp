@@ -149,16 +149,14 @@ struct TransposedTile {
 
   template <int MR, int NV>
   __attribute__((noinline)) void operator()(int64_t m) const {
-    Tile<MR, NV> tile;
-    float* y = c + m * stride_c + column;
-    HYBRIDOPS_UNROLL for (int i = 0; i < MR; ++i) HYBRIDOPS_UNROLL for (int v = 0; v < NV; ++v) {
-      const int64_t n = v * kLanes;
-      tile[i][v] = accumulate ? load_some(y + i * stride_c + n, N - column - n) : Vec{};
-    }
+    Tile<MR, NV> tile = {};
     multiply_transposed<MR, NV>(tile, a + m, stride_a, panel, K);
+    float* y = c + m * stride_c + column;
+    // What was there is added last: rounding errors of these K products stay their own.
     HYBRIDOPS_UNROLL for (int i = 0; i < MR; ++i) HYBRIDOPS_UNROLL for (int v = 0; v < NV; ++v) {
-      const int64_t n = v * kLanes;
-      store_some(y + i * stride_c + n, tile[i][v], N - column - n);
+      const int64_t n = v * kLanes, left = N - column - n;
+      if (accumulate) tile[i][v] += load_some(y + i * stride_c + n, left);
+      store_some(y + i * stride_c + n, tile[i][v], left);
     }
   }
 };
@@ -322,9 +320,9 @@ void layer_norm(const void* x, Type type, int64_t stride_x, int64_t rows, int64_
 
 void add_rows(const float* x, int64_t stride_x, int64_t rows, int64_t n, float* y) {
   for (int64_t i = 0; i < n; i += kLanes) {
-    Vec total = load_some(y + i, n - i);
+    Vec total{};
     for (int64_t r = 0; r < rows; ++r) total += load_some(x + r * stride_x + i, n - i);
-    store_some(y + i, total, n - i);
+    store_some(y + i, load_some(y + i, n - i) + total, n - i);
   }
 }
 
