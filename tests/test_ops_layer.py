@@ -128,3 +128,8 @@ def test_refuses_what_does_not_fit(grad):
             mlp_layer(x, qkv, Weights(qkv.weight.T), activation="swoosh")
         with pytest.raises(ValueError, match="linear"):
             mlp_layer(x, qkv, qkv, activation="gelu", norm=norm)
+        for wrong in ({"heads": 0}, {"heads": -1}, {"heads": 5}, {"key_dim": 12}, {"key_dim": 0}):
+            with pytest.raises(ValueError, match="attention_layer"):
+                attention_layer(x, qkv, out, **{**options, **wrong})
+        with pytest.raises(ValueError, match="attention_layer"):
+            attention_layer(x[0], qkv, out, **options)

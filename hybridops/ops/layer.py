@@ -65,6 +65,7 @@ def _(x, *args):
 _attention_layer = torch.ops.hybridops.attention_layer.default
 _mlp_layer = torch.ops.hybridops.mlp_layer.default
 _NO_NORM = (None, None, 0.0)
+REFUSED = "refused as one dispatch, made of single ops"
 
 
 # doors
@@ -104,9 +105,17 @@ def attention_layer(
                 *out,
                 residual,
             )
+        backend.fallbacks["attention_layer", REFUSED] += 1
+    check_tensor("attention_layer", "x", x, 3)
+    check_int("attention_layer", "heads", heads, 1)
+    check_int("attention_layer", "key_dim", key_dim, 1)
     projected = linear(x, qkv.weight, qkv.bias, norm=norm, packed=qkv.packed)
     B, N, width = projected.shape
     Dv = width // heads - 2 * key_dim
+    if width % heads or Dv < 1:
+        raise ValueError(
+            f"attention_layer: qkv.weight must have {heads} * (2 * {key_dim} + Dv) rows, got {width}"
+        )
     if interleaved:
         q, k, v = projected.view(B, N, heads, -1).split([key_dim, key_dim, Dv], dim=3)
     else:
@@ -134,6 +143,7 @@ def mlp_layer(
     if backend.runs_at_once(x):
         with suppress(*REFUSALS), backend.below_autograd():
             return _mlp_layer(x, *(norm or _NO_NORM), *up, CODES[activation], *down, residual)
+        backend.fallbacks["mlp_layer", REFUSED] += 1
     hidden = linear(x, up.weight, up.bias, norm=norm, activation=activation, packed=up.packed)
     return linear(
         hidden, down.weight, down.bias, residual=x if residual else None, packed=down.packed
