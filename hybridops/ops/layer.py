@@ -18,7 +18,15 @@ import torch
 from torch import Tensor
 
 from .. import backend
-from ._contract import CODES, REFUSALS, check_one_device, is_plain, library
+from ._contract import (
+    CODES,
+    REFUSALS,
+    check_int,
+    check_one_device,
+    check_tensor,
+    is_plain,
+    library,
+)
 from .attention import attention
 from .linear import linear
 
@@ -114,7 +122,8 @@ def attention_layer(
     Dv = width // heads - 2 * key_dim
     if width % heads or Dv < 1:
         raise ValueError(
-            f"attention_layer: qkv.weight must have {heads} * (2 * {key_dim} + Dv) rows, got {width}"
+            f"attention_layer: qkv.weight must have {heads} * (2 * {key_dim} + Dv) rows, "
+            f"got {width}"
         )
     if interleaved:
         q, k, v = projected.view(B, N, heads, -1).split([key_dim, key_dim, Dv], dim=3)
