@@ -98,8 +98,8 @@ def attention_layer(
     between attention and `out`. Raises what `linear` and `attention` raise.
     """
     if backend.runs_at_once(x) and is_plain(scale):
-        factor = key_dim**-0.5 if scale is None else scale
         with suppress(*REFUSALS), backend.below_autograd():
+            factor = key_dim**-0.5 if scale is None else scale
             return _attention_layer(
                 x,
                 *(norm or _NO_NORM),
