@@ -9,10 +9,11 @@ import case as cases
 import check
 import pytest
 import torch
-from cases import find
+from cases import CASES, find
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import hybridops
+from hybridops import ops
 
 pytestmark = pytest.mark.usefixtures("nan_filled")
 
@@ -119,6 +120,31 @@ def test_twenty_runs_and_any_number_of_threads_give_the_same_bits(name, dtype, c
                 assert not other, f"other bits with {count} threads: {other}"
     finally:
         torch.set_num_threads(threads)
+
+
+def leave_nan_behind():
+    """NaN in the scratch memory that each thread keeps between calls."""
+    x = torch.full((4, 300, 2, 64), torch.nan)
+    padding = torch.arange(300).expand(4, 300) % 3 == 0
+    image = torch.full((2, 8, 40, 40), torch.nan)
+    layers = [ops.ConvLayer(torch.full((32, 8, 3, 3), torch.nan), activation="gelu")]
+    ops.attention(x.requires_grad_(), x, x, bias=torch.zeros(1, 1, 1, 1)).sum().backward()
+    ops.attention(x, x, x, key_padding_mask=padding)
+    ops.linear(x.detach().flatten(2).bfloat16(), x.detach().flatten(2)[0, :128].bfloat16())
+    ops.conv_stem(image, layers, pool=ops.MaxPool())
+
+
+@pytest.mark.parametrize("op", CASES)
+def test_scratch_that_an_earlier_call_left_is_never_read(op, cpu_library):
+    for case in CASES[op]:
+        if case.unserved:
+            continue
+        inputs = case.make_inputs(torch.float32)
+        dy = check.make_dy(case, inputs)
+        expected = bits(case, inputs, dy)
+        leave_nan_behind()
+        got = bits(case, inputs, dy)
+        assert all(check.same_bits(expected[name], got[name]) for name in expected), case
 
 
 def test_calls_from_several_threads_do_not_meet(cpu_library):

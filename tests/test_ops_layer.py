@@ -66,9 +66,10 @@ def test_attention_layer_is_as_right_as_torch(shape, dtype):
 @needs_library
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("M", [1, 5, 49, 197, 400])
-def test_mlp_layer_is_as_right_as_torch(M, dtype):
+@pytest.mark.parametrize("width", [37, 64])
+def test_mlp_layer_is_as_right_as_torch(M, dtype, width):
     C, hidden = 37, 150
-    x = torch.randn(2, M, C).to(dtype)
+    x = torch.randn(2, M, width).to(dtype)[..., :C]  # of wider rows: a slice, read where it lies
     up, down = weights(hidden, C, dtype), weights(C, hidden, dtype, bias=False)
     norm = (torch.randn(C).to(dtype), None, 1e-6)
     with torch.inference_mode():
