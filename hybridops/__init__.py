@@ -1,6 +1,6 @@
 """hybridops: fast kernels for CNN-Transformer hybrid vision models."""
 
-from . import backend, compat, models, nn, ops
+from . import backend, bench, compat, models, nn, ops
 from .backend import BackendUnavailable, use
 from .optimize import NothingToOptimize, explain, optimize, report, restore, verify
 
@@ -9,6 +9,7 @@ __all__ = [
     "BackendUnavailable",
     "NothingToOptimize",
     "backend",
+    "bench",
     "compat",
     "explain",
     "models",

@@ -7,7 +7,8 @@ option at least one case that a kernel without it fails.
 from __future__ import annotations
 
 import torch
-from case import Attention, Case, Conv, ConvStem, Linear, PatchEmbed, Peg
+
+from hybridops.bench.case import Attention, Case, Conv, ConvStem, Linear, PatchEmbed, Peg
 
 ATTENTION = [
     Attention("one_token", Nq=1, D=16),

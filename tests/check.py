@@ -9,10 +9,10 @@ y64 and torch's own result are the reference, in float64 and in the dtype of the
 from __future__ import annotations
 
 import torch
-from case import Case, Inputs, lay_out
 from torch import Tensor
 
 import hybridops
+from hybridops.bench.case import Case, Inputs, lay_out
 
 GRAD_LAYOUTS = ("contiguous", "transposed", "sliced", "expanded", "offset")
 

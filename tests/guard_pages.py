@@ -12,9 +12,10 @@ import ctypes
 import mmap
 import sys
 
-import case as cases
 import check
 import torch
+
+from hybridops.bench import case as cases
 
 PAGE = mmap.PAGESIZE
 TAILS = range(1, 33)  # twice the 16 lanes of the widest vector

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import case as cases
 import check
 import pytest
 import torch
@@ -11,6 +10,7 @@ from cases import CASES, find
 from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 
 from hybridops import ops
+from hybridops.bench import case as cases
 
 SAMPLES = [
     "attention-levit",

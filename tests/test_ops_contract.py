@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 import warnings
 
-import case as cases
 import check
 import pytest
 import torch
@@ -14,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import hybridops
 from hybridops import ops
+from hybridops.bench import case as cases
 
 pytestmark = pytest.mark.usefixtures("nan_filled")
 

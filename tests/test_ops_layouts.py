@@ -6,10 +6,11 @@ projections, transposed maps and slices reach an op as views. Gaps between eleme
 
 from __future__ import annotations
 
-import case as cases
 import check
 import pytest
 import torch
+
+from hybridops.bench import case as cases
 
 LAYOUTS = cases.INPUT_LAYOUTS
 IMAGE_LAYOUTS = (*LAYOUTS, "channels_last")

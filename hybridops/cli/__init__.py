@@ -73,6 +73,7 @@ def _build_parser() -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
 
+    _add_bench(add)
     _add_demo(add)
     _add_doctor(add)
     _add_explain(add)
@@ -81,6 +82,17 @@ def _build_parser() -> argparse.ArgumentParser:
 
 
 MODEL_HELP = "timm:NAME, hybridops:NAME, or a plain name (looked up in timm, then in hybridops)"
+
+
+def _add_bench(add) -> None:
+    bench = add(
+        "bench",
+        "measure ops and models: error beside time, against peers and this machine's roof",
+        "op attention --dtype fp32,bf16",
+        "model timm:levit_128s --peers eager,compile,onnxruntime,openvino --json r.json",
+        "report r.json -o report.html",
+    )
+    importlib.import_module(".bench", __package__).add_arguments(bench)
 
 
 def _add_demo(add) -> None:

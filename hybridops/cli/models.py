@@ -10,20 +10,18 @@ import threading
 import time
 import urllib.request
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 import hybridops.models
 
 from ..compat import import_timm
-from ..optimize.gates import randomise_gates
+from ..optimize.gates import SEED, make_live
 from . import UserError
 from .images import IMAGENET_MEAN, IMAGENET_STD, Photograph, to_tensor
 
-SEED = 0
 _ANSWER_SECONDS = 3.0  # a hub that takes longer to say anything counts as absent
 _WEIGHTS = "model.safetensors"  # never a pickle
 
@@ -182,34 +180,3 @@ def _prepare(net: nn.Module, photographs: list[Photograph]) -> list[Tensor]:
     return [
         to_tensor(image, size, config.get("crop_pct", 0.875), mean, std) for _, image in photographs
     ]
-
-
-@torch.no_grad()
-def make_live(net: nn.Module, images: Tensor) -> None:
-    """Replace an initialisation by one in which every branch counts, in place, always the same.
-
-    A fresh model hides errors: gates, biases and bias tables start at zero. `randomise_gates` wakes
-    them. Residual gates then stay below 0.3, and BatchNorm divides by the mean square of what it
-    sees in `images`, or rounding errors would grow a thousandfold on their way through LeViT: no
-    trained network is that chaotic.
-    """
-    norms = [m for m in net.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
-    gates = [m.weight for m in norms if m.weight is not None and not m.weight.any()]
-    randomise_gates(net, SEED)
-    for gate in gates:
-        gate.mul_(0.2)
-    net.eval()
-    hooks = [norm.register_forward_pre_hook(_take_statistics) for norm in norms]
-    if hooks:
-        net(images)
-    for hook in hooks:
-        hook.remove()
-    net.train()  # drops what eval mode may have cached (LeViT's attention biases)
-    net.eval()
-
-
-def _take_statistics(norm: Any, inputs: tuple[Tensor]) -> None:
-    channels = inputs[0].transpose(0, 1).flatten(1)
-    square = channels.square().mean(1)
-    norm.running_mean.copy_(0.1 * channels.mean(1))
-    norm.running_var.copy_(square.clamp_min(square.mean() / 4))

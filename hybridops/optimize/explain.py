@@ -34,20 +34,26 @@ def explain(name_or_model: str | nn.Module, mode: str = "inference", **kwargs: A
 
 def build(name: str, **kwargs: Any) -> nn.Module:
     """The named model on the meta device: all of its structure, none of its memory."""
+    with torch.device("meta"):
+        return create(name, **kwargs)
+
+
+def create(name: str, **kwargs: Any) -> nn.Module:
+    """The named model with random weights; hf: is short for transformers:.
+
+    Raises ValueError for a name that nothing knows, ImportError for a library that is missing.
+    """
     source, _, rest = name.partition(":")
     if source not in _BUILDERS or not rest:
-        raise ValueError(f"explain: a model's name is one of {_SOURCES}, got {name!r}")
-    with torch.device("meta"):
-        return _BUILDERS[source](rest, kwargs)
+        raise ValueError(f"a model's name is one of {_SOURCES}, got {name!r}")
+    return _BUILDERS[source](rest, kwargs)
 
 
 def _timm(name, kwargs):
     timm = import_timm()
     if not timm.is_model(name):
         close = ", ".join(timm.list_models(f"*{name.split('_')[0]}*")[:8])
-        raise ValueError(
-            f"explain: timm has no model {name!r}" + (f"; it has {close}" if close else "")
-        )
+        raise ValueError(f"timm has no model {name!r}" + (f"; it has {close}" if close else ""))
     return timm.create_model(name, **kwargs)
 
 
@@ -55,7 +61,7 @@ def _hybridops(name, kwargs):
     from .. import models
 
     if name not in models.list_models():
-        raise ValueError(f"explain: hybridops has {', '.join(models.list_models())}, not {name!r}")
+        raise ValueError(f"hybridops has {', '.join(models.list_models())}, not {name!r}")
     return models.create_model(name, **kwargs)
 
 
@@ -71,10 +77,15 @@ def _transformers(name, kwargs):
             config = AutoConfig.from_pretrained(name, local_files_only=True, **kwargs)
         except (OSError, ValueError) as error:
             raise ValueError(
-                f"explain: the configuration of {name!r} is not in the local cache, and nothing is "
+                f"the configuration of {name!r} is not in the local cache, and nothing is "
                 f"downloaded here; name a model type, such as 'transformers:vit'"
             ) from error
     return AutoModel.from_config(config)
 
 
-_BUILDERS = {"timm": _timm, "hybridops": _hybridops, "transformers": _transformers}
+_BUILDERS = {
+    "timm": _timm,
+    "hybridops": _hybridops,
+    "transformers": _transformers,
+    "hf": _transformers,
+}

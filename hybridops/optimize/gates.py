@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+SEED = 0
 NEAR_ZERO = 1e-3  # CaiT's LayerScale starts at 1e-5; trained gates are far above
 FAINT = 0.5  # a product that shrinks its input more than this is scaled to keep its size
 
@@ -62,6 +63,37 @@ def _fit(norm: Any, x: Tensor, generator: torch.Generator) -> None:
     std = var.clamp_min(1e-6).sqrt()
     norm.running_mean.copy_(mean + _uniform(mean, generator, -0.2, 0.2) * std)
     norm.running_var.copy_((std * _uniform(std, generator, 0.8, 1.25)).square())
+
+
+@torch.no_grad()
+def make_live(net: nn.Module, *args: Any) -> None:
+    """Replace an initialisation by one in which every branch counts, in place, always the same.
+
+    A fresh model hides errors: gates, biases and bias tables start at zero. `randomise_gates` wakes
+    them. Residual gates then stay below 0.3, and BatchNorm divides by the mean square of what it
+    sees of `args`, or rounding errors would grow a thousandfold on their way through LeViT: no
+    trained network is that chaotic.
+    """
+    norms = [m for m in net.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+    gates = [m.weight for m in norms if m.weight is not None and not m.weight.any()]
+    randomise_gates(net, SEED)
+    for gate in gates:
+        gate.mul_(0.2)
+    net.eval()
+    hooks = [norm.register_forward_pre_hook(_take_statistics) for norm in norms]
+    if hooks:
+        net(*args)
+    for hook in hooks:
+        hook.remove()
+    net.train()  # drops what eval mode may have cached (LeViT's attention biases)
+    net.eval()
+
+
+def _take_statistics(norm: Any, inputs: tuple[Tensor, ...]) -> None:
+    channels = inputs[0].transpose(0, 1).flatten(1)
+    square = channels.square().mean(1)
+    norm.running_mean.copy_(0.1 * channels.mean(1))
+    norm.running_var.copy_(square.clamp_min(square.mean() / 4))
 
 
 def _uniform(like: Tensor, generator: torch.Generator, low: float, high: float) -> Tensor:

@@ -1,6 +1,7 @@
 """What a case is: a name, inputs drawn from a seed in any dtype and memory layout, and one call.
 
-One class per op; the lists of cases are in cases.py.
+One class per op. The benchmark's cases, from real models, are in cases.py beside this file; the
+tests have their own, odder ones.
 
 A case draws its own inputs, `case.make_inputs(torch.bfloat16)`, and calls the public op on them,
 `case.call(inputs)`. Values are drawn in float64 from a seed and the case's name, so that every
@@ -16,7 +17,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from hybridops import ops
+from .. import ops
 
 Inputs = dict[str, Any]
 
@@ -85,6 +86,14 @@ class Case:
 
     def call(self, t: Inputs) -> Tensor:
         raise NotImplementedError
+
+    def pack(self, t: Inputs) -> Inputs:
+        """Packed weights under names that `call` looks for: packed once, used in many calls."""
+        return {}
+
+    def work_share(self, t: Inputs) -> float:
+        """The part of the reference's FLOPs that is needed: masked keys need none."""
+        return 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,6 +167,10 @@ class Attention(Case):
             q, k, v, bias=bias, **extra, scale=self.scale, activation=self.activation
         )
 
+    def work_share(self, t):
+        mask = t.get("key_padding_mask")
+        return 1.0 if mask is None else 1.0 - float(mask.double().mean())
+
 
 @dataclass(frozen=True, kw_only=True)
 class Linear(Case):
@@ -195,8 +208,11 @@ class Linear(Case):
             norm=(t["norm_weight"], t.get("norm_bias"), 1e-6) if self.norm else None,
             activation=self.activation,
             residual=t.get("residual"),
-            packed=ops.pack_linear(t["weight"]) if self.packed else None,
+            packed=self.pack(t)["packed"] if self.packed else None,
         )
+
+    def pack(self, t):
+        return t if "packed" in t else {"packed": ops.pack_linear(t["weight"])}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -287,9 +303,12 @@ class PatchEmbed(Case):
             stride=self.stride,
             padding=self.padding,
             norm=(t["norm_weight"], t.get("norm_bias"), 1e-5) if self.norm else None,
-            packed=ops.pack_patch(t["weight"]) if self.packed else None,
+            packed=self.pack(t)["packed"] if self.packed else None,
             **{name: t.get(name) for name in ("pos_embed", "prefix", "mean", "std")},
         )
+
+    def pack(self, t):
+        return t if "packed" in t else {"packed": ops.pack_patch(t["weight"])}
 
 
 class Conv(NamedTuple):
@@ -334,7 +353,7 @@ class ConvStem(Case):
         return t
 
     def call(self, t):
-        layers = []
+        layers, packs = [], self.pack(t) if self.packed else {}
         for i, layer in enumerate(self.layers):
             weight, extra = t[f"weight{i}"], {}
             if layer.extra == "group_norm":
@@ -348,9 +367,14 @@ class ConvStem(Case):
                     layer.stride,
                     layer.padding,
                     layer.activation,
-                    packed=ops.pack_conv(weight) if self.packed else None,
+                    packed=packs.get(f"packed{i}"),
                     **extra,
                 )
             )
         pool = None if self.pool is None else ops.MaxPool(*self.pool)
         return ops.conv_stem(t["image"], layers, pool=pool, layout=self.output)
+
+    def pack(self, t):
+        if "packed0" in t:
+            return t
+        return {f"packed{i}": ops.pack_conv(t[f"weight{i}"]) for i in range(len(self.layers))}

@@ -1,0 +1,124 @@
+"""Tasks made from whole models: the model as it comes against hybridops.optimize(model)."""
+
+from __future__ import annotations
+
+import warnings
+from contextlib import nullcontext
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..compat import import_timm
+from ..models import list_models
+from ..optimize import optimize
+from ..optimize.explain import create
+from ..optimize.gates import make_live
+from .plain import plain_torch
+from .task import Candidate, Task
+
+SIZE = 224
+
+
+def full_name(name: str) -> str:
+    """timm:NAME, hf:NAME or hybridops:NAME; a plain name is looked up in timm, then in ours."""
+    if ":" in name:
+        return name
+    try:
+        if import_timm().is_model(name):
+            return f"timm:{name}"
+    except ImportError:
+        pass
+    if name in list_models():
+        return f"hybridops:{name}"
+    raise ValueError(f"neither timm nor hybridops has a model {name!r} (write hf:NAME for others)")
+
+
+def build_model(name: str, size: int | None = None) -> tuple[nn.Module, int]:
+    """A named model in eval mode, fp32, with seeded live weights, and the image size it takes.
+
+    Nothing is downloaded: times do not depend on what the weights are, and errors are the harder
+    to hide for weights whose every branch counts. Raises ValueError for an unknown name and for a
+    size that the model does not take.
+    """
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.manual_seed(0)
+        model = _create(name, size)
+        config = getattr(model, "pretrained_cfg", None) or {}
+        takes = size or getattr(getattr(model, "config", None), "image_size", None)
+        takes = takes or config.get("input_size", (3, SIZE))[-1]
+        takes = takes if isinstance(takes, int) else takes[0]
+        try:
+            make_live(model.eval(), torch.randn(2, 3, takes, takes))
+        except (RuntimeError, AssertionError, ValueError) as error:
+            why = str(error).splitlines()[0]
+            raise ValueError(f"{name} does not take {takes} x {takes} images: {why}") from None
+    return model.eval(), takes
+
+
+def _create(name: str, size: int | None) -> nn.Module:
+    if size is None:
+        return create(name)
+    key = "image_size" if name.startswith(("hf:", "transformers:")) else "img_size"
+    try:
+        return create(name, **{key: size})
+    except TypeError:  # convolutional models take any size as they are
+        return create(name)
+
+
+def model_task(
+    name: str,
+    model: nn.Module,
+    *,
+    size: int = SIZE,
+    batch: int = 1,
+    dtype: str = "fp32",
+    mode: str = "infer",
+    threads: int = 1,
+    seed: int = 0,
+) -> Task:
+    """The task of running `model`, which stays as it is, on `batch` images of (3, size, size)."""
+    native = type(model).__module__.startswith("hybridops.")
+    world: Any = plain_torch if native else nullcontext
+
+    def draw(seed: int) -> list[Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        return [torch.randn(batch, 3, size, size, generator=generator)]
+
+    def ours(task: Task) -> Candidate:
+        twin = task.cast_module()
+        if mode == "train":
+            twin.train()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # built of our modules: nothing to replace is no news
+            twin = optimize(twin, mode="train" if mode == "train" else "inference", strict=False)
+        return task.candidate("hybridops", twin, "cpu")
+
+    repro = f"hybridops bench model {name} --batch {batch} --size {size} --dtype {dtype}"
+    return Task(
+        kind="model",
+        name=name,
+        case=str(size),
+        dtype=dtype,
+        mode=mode,
+        threads=threads,
+        module=without_dropout(model) if mode == "train" else model,
+        draw=draw,
+        ours=ours,
+        batch=batch,
+        world=world,
+        repro=f"{repro} --mode {mode} --threads {threads}",
+        seed=seed,
+    )
+
+
+def without_dropout(model: nn.Module) -> nn.Module:
+    """A copy in which nothing is random: two candidates can be compared in training too."""
+    copy = deepcopy(model)
+    for module in copy.modules():
+        for key in ("p", "drop_prob", "attn_drop", "dropout"):
+            if isinstance(getattr(module, key, None), float):
+                setattr(module, key, 0.0)
+    return copy

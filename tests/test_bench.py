@@ -1,0 +1,433 @@
+"""`hybridops bench` catches what is wrong: planted faults, each with the verdict it deserves."""
+
+from __future__ import annotations
+
+import re
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from hybridops import bench
+from hybridops.bench import check, clock, measure, op_task, peers, roof, sample, stats
+from hybridops.bench.cases import CASES
+from hybridops.bench.task import Skip
+
+QUICK = sample.Settings(min_time=1e-3, timeout=0.2, least_rounds=3)
+X = torch.randn(64, 96, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(autouse=True)
+def fixed_roof(monkeypatch):
+    """A roof that no machine of today reaches with two threads, and no probing."""
+    fixed = roof.Roof(
+        {dtype: {1: 1e4, 2: 2e4} for dtype in ("fp32", "bf16", "fp64")},
+        {level: {1: 1e4, 2: 2e4} for level in ("L1", "L2", "L3", "DRAM")},
+        {"L1": 1 << 15, "L2": 1 << 20, "L3": 1 << 25},
+    )
+    monkeypatch.setattr(measure.roofs, "roof", lambda threads, refresh=False: fixed)
+
+
+def compared(mine, reference=F.gelu, inputs=(X,), **options):
+    options = {"min_time": 1e-3, "timeout": 0.2, "threads": 1} | options
+    candidates = {"mine": mine, "torch": reference}
+    return bench.compare(candidates, list(inputs), reference=reference, **options).rows
+
+
+def test_a_right_kernel_is_timed_and_compared():
+    mine, theirs = compared(lambda x: F.gelu(x))
+    assert mine.verdict == "OK"
+    assert mine.ours
+    assert mine.speedup is None
+    assert mine.error_ratio == pytest.approx(1.0)
+    assert mine.repeats
+    assert theirs.verdict in ("FAST", "SAME", "SLOW", "AMBIGUOUS")
+    assert theirs.speedup_low <= theirs.speedup <= theirs.speedup_high
+    assert theirs.speedup == pytest.approx(theirs.median_ms / mine.median_ms)
+    assert mine.p20_ms <= mine.median_ms <= mine.p80_ms
+    assert mine.n >= 3
+    assert mine.bytes == 2 * X.numel() * 4
+    assert 0 < mine.percent_of_roof < 105
+
+
+def wrong_on_one(x):
+    y = F.gelu(x)
+    y[17, 3] += 1e-3
+    return y
+
+
+def half_done(x):
+    y = torch.zeros_like(x)
+    y[: len(x) // 2] = F.gelu(x[: len(x) // 2])
+    return y
+
+
+def nan_somewhere(x):
+    y = F.gelu(x)
+    y[-1, -1] = float("nan")
+    return y
+
+
+def writes_its_input(x):
+    y = F.gelu(x)
+    x[0, 0] += 1
+    return y
+
+
+@pytest.mark.parametrize(
+    ("mine", "reason"),
+    [
+        (torch.zeros_like, "100% of it is zero"),
+        (wrong_on_one, "off by"),
+        (half_done, "off by"),
+        (nan_somewhere, "off by inf"),
+        (writes_its_input, "writes to its inputs"),
+        (lambda x: F.gelu(x)[:, :1], r"shape \(64, 1\), expected \(64, 96\)"),
+        (lambda x: (F.gelu(x), x), "2 results"),
+        (lambda x: F.gelu(x.bfloat16()).float(), "off by"),
+    ],
+)
+def test_a_wrong_kernel_fails_and_no_row_claims_a_speedup(mine, reason):
+    ours, theirs = compared(mine)
+    assert ours.verdict == "FAILED"
+    assert ours.median_ms is None
+    assert re.search(reason, ours.reason), ours.reason
+    assert theirs.speedup is None
+    assert theirs.verdict == "OK"
+
+
+def test_a_wrong_peer_fails_alone():
+    candidates = {"mine": F.gelu, "lazy": torch.zeros_like, "broken": lambda x: 1 / 0}
+    ours, lazy, broken = bench.compare(
+        candidates, [X], reference=F.gelu, min_time=1e-3, timeout=0.2
+    ).rows
+    assert (ours.verdict, lazy.verdict, broken.verdict) == ("OK", "FAILED", "FAILED")
+    assert lazy.speedup is None
+    assert "ZeroDivisionError" in broken.reason
+
+
+def test_an_answer_that_is_remembered_is_mistrusted():
+    answers: dict[int, torch.Tensor] = {}
+
+    def remembers(x):
+        return answers.setdefault(x.data_ptr(), F.gelu(x))
+
+    ours, theirs = compared(remembers)
+    assert ours.verdict == "MISTRUSTED"
+    assert "new inputs" in ours.reason
+
+
+def test_bits_that_change_are_mistrusted():
+    calls = iter(range(10**6))
+    ours, _ = compared(lambda x: F.gelu(x) * (1 + 1e-7 * (next(calls) % 2)))
+    assert ours.verdict == "MISTRUSTED"
+    assert "bits" in ours.reason
+
+
+@pytest.mark.parametrize(
+    ("reference", "reason"),
+    [
+        (torch.zeros_like, "zero almost everywhere"),
+        (torch.ones_like, "constant"),
+        (lambda x: x * float("nan"), "nowhere finite"),
+    ],
+)
+def test_a_reference_that_proves_nothing_is_mistrusted(reference, reason):
+    ours, theirs = compared(reference, reference)
+    assert ours.verdict == "MISTRUSTED"
+    assert reason in ours.reason
+    assert theirs.speedup is None
+
+
+class Later:
+    """A device that works in its own time, as a GPU does: a call returns at once."""
+
+    def __init__(self):
+        self.running: threading.Thread | None = None
+
+    def __call__(self, x):
+        self.synchronise()
+        y = torch.empty(x.shape[0], x.shape[0])
+        self.running = threading.Thread(target=lambda: (time.sleep(2e-3), torch.mm(x, x.T, out=y)))
+        self.running.start()
+        return y
+
+    def synchronise(self):
+        if self.running is not None:
+            self.running.join()
+
+
+class Forgets:
+    """A timer that does not wait for the device."""
+
+    name = "forgets"
+
+    def time(self, run, calls, before=None):
+        start = time.perf_counter()
+        return (time.perf_counter() - start) / calls  # it only ever queued the work
+
+
+def test_a_timer_that_forgets_to_synchronise_is_invalid():
+    device = Later()
+
+    def right(x):
+        y = device(x)
+        device.synchronise()
+        return y
+
+    x = torch.randn(300, 300)
+    ours, theirs = compared(right, lambda x: x @ x.T, (x,), timer=Forgets())
+    assert ours.verdict == "INVALID"
+    assert "% of what this machine can do" in ours.reason
+    assert ours.percent_of_roof > 105
+    assert theirs.speedup is None
+
+
+def test_work_that_is_skipped_is_invalid(monkeypatch):
+    slow = roof.Roof({"fp32": {1: 1e-3}}, {"DRAM": {1: 1e-3}})
+    monkeypatch.setattr(measure.roofs, "roof", lambda threads, refresh=False: slow)
+    ours, theirs = compared(lambda x: x @ x.T, lambda x: x @ x.T)
+    assert ours.verdict == theirs.verdict == "INVALID"
+
+
+def test_a_roof_that_was_too_low_is_measured_again(monkeypatch):
+    asked = []
+
+    def probe(threads, refresh=False):
+        asked.append(refresh)
+        peak = 1e6 if refresh else 1e-6
+        return roof.Roof({"fp32": {1: peak}}, {"DRAM": {1: peak}})
+
+    monkeypatch.setattr(measure.roofs, "roof", probe)
+    ours, _ = compared(lambda x: x @ x.T, lambda x: x @ x.T)
+    assert ours.verdict == "OK"
+    assert True in asked
+
+
+def test_gradients_are_compared():
+    class Gelu(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x)
+            return F.gelu(x)
+
+        @staticmethod
+        def backward(ctx, dy):
+            return dy * 0.5
+
+    wrong, _ = compared(Gelu.apply, gradients=True)
+    assert wrong.verdict == "FAILED"
+    assert "result 1" in wrong.reason
+    right, _ = compared(lambda x: F.gelu(x), gradients=True)
+    assert right.verdict == "OK"
+    assert right.mode == "bwd"
+
+
+def test_inputs_of_the_caller_stay_what_they_are():
+    x = X.clone()
+    compared(lambda x: F.gelu(x), inputs=(x,))
+    assert torch.equal(x, X)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "match"),
+    [
+        ({"candidates": {}}, ValueError, "at least one candidate"),
+        ({"inputs": [1.0]}, TypeError, "input 0 is float"),
+        ({"inputs": [torch.arange(3)]}, ValueError, "floating-point"),
+        ({"timeout": 0}, ValueError, "timeout must be positive"),
+        ({"min_time": float("nan")}, ValueError, "min_time must be positive"),
+        ({"max_noise": 2}, ValueError, "max_noise"),
+        ({"cache": "hot"}, ValueError, "warm or cold"),
+    ],
+)
+def test_bad_requests_are_refused(options, error, match):
+    options = {"candidates": {"mine": F.gelu}, "inputs": [X], "reference": F.gelu} | options
+    with pytest.raises(error, match=match):
+        bench.compare(options.pop("candidates"), options.pop("inputs"), **options)
+
+
+# statistics
+
+
+def test_the_interval_holds_the_true_ratio():
+    random = np.random.default_rng(0)
+    held = 0
+    for seed in range(100):
+        common = 1 + 0.2 * random.random(60)  # the machine's own drift, the same for both
+        a = 2e-3 * common * (1 + 0.03 * random.standard_normal(60))
+        b = 1e-3 * common * (1 + 0.03 * random.standard_normal(60))
+        found = stats.ratio(list(a), list(b), seed=seed)
+        held += found.low <= 2.0 <= found.high
+    assert held >= 85
+    assert found.noise < 0.1
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [
+        (1.03, 1.5, "FAST"),
+        (0.7, 0.97, "SLOW"),
+        (0.99, 1.01, "SAME"),
+        (0.9, 1.2, "AMBIGUOUS"),
+        (1.0, 1.1, "AMBIGUOUS"),
+    ],
+)
+def test_verdicts(low, high, expected):
+    assert stats.verdict(stats.Ratio((low + high) / 2, low, high), 0.02) == expected
+
+
+def test_ratio_refuses_unpaired_rounds():
+    with pytest.raises(ValueError, match="as many rounds"):
+        stats.ratio([1.0, 2.0], [1.0])
+
+
+def test_candidates_take_turns():
+    turns: list[str] = []
+    task = op_task.op_task(CASES["peg"][0])
+    task.set_inputs(0)
+
+    def candidate(name):
+        made = task.candidate(name, torch.nn.Identity())
+        made.run = lambda: turns.append(name)
+        return made
+
+    timings = sample.interleaved([candidate(n) for n in "abc"], clock.Wall(), QUICK)
+    assert {len(s) for s in timings.seconds.values()} == {len(timings.seconds["a"])}
+    blocks = [n for i, n in enumerate(turns) if i == 0 or turns[i - 1] != n]
+    rounds = blocks[-9:]  # never all of one, then all of another
+    assert set(rounds) == set("abc")
+
+
+def test_cold_calls_are_flushed():
+    flushed = []
+    task = op_task.op_task(CASES["peg"][0])
+    task.set_inputs(0)
+    made = task.candidate("a", torch.nn.Identity())
+    sample.interleaved([made], clock.Wall(), QUICK, flush=lambda: flushed.append(1))
+    assert len(flushed) >= 3
+
+
+def test_error_of_non_finite_results():
+    exact = torch.tensor([1.0, float("inf"), float("nan")], dtype=torch.float64)
+    assert check.error(exact.float(), exact) == 0
+    assert check.error(torch.tensor([1.0, 1.0, float("nan")]), exact) == float("inf")
+    assert check.error(torch.tensor([float("nan"), float("inf"), float("nan")]), exact) == float(
+        "inf"
+    )
+
+
+# ops and peers
+
+
+@pytest.mark.parametrize("op", sorted(CASES))
+@pytest.mark.parametrize("mode", ["fwd", "bwd"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_every_op_is_right_by_the_benchmark_too(op, mode, dtype, best_backend):
+    case = {"conv_stem": "levit_128s,H=32,W=32", "patch_embed": "deit_tiny,H=32,W=32,pos=5"}.get(op)
+    (case,) = op_task.find_cases(op, case or CASES[op][0].name)
+    task = op_task.op_task(case, dtype, mode, threads=1, backend=best_backend)
+    peer_names = ["eager", "sdpa"] if op == "attention" else ["eager"]
+    rows = measure.measure(task, peer_names, QUICK)
+    assert [row.verdict for row in rows if row.verdict in ("FAILED", "MISTRUSTED")] == []
+    assert rows[0].backend == best_backend
+    assert rows[0].flop > 0
+
+
+def test_flops_are_those_of_the_formula():
+    def flop(op, shape, mode="fwd"):
+        (case,) = op_task.find_cases(op, shape)
+        task = op_task.op_task(case, mode=mode, backend="reference")
+        return measure.measure(task, [], QUICK)[0].flop
+
+    assert flop("linear", "M=7,K=12,N=5") == 2 * 7 * 12 * 5
+    assert flop("linear", "M=7,K=12,N=5", "bwd") == 3 * 2 * 7 * 12 * 5
+    assert flop("attention", "B=2,H=3,Nq=10,Nk=14,D=4,Dv=6") == 2 * 2 * 3 * 10 * 14 * (4 + 6)
+    assert flop("peg", "B=1,H=4,W=4,C=8") == 2 * 16 * 8 * 9
+    assert flop("peg", "B=1,H=4,W=4,C=8", "bwd") == 3 * 2 * 16 * 8 * 9
+    padded = flop("attention", "B=1,H=2,Nq=9,D=4,mask=tail")
+    assert padded == pytest.approx(2 * 2 * 9 * 9 * 8 * 6 / 9)
+
+
+@pytest.mark.parametrize(
+    ("op", "shape", "match"),
+    [
+        ("peg", "nothing", "no shape 'nothing' of peg; there are cpvt_tiny"),
+        ("peg", "H=4,W=4", "also needs C"),
+        ("peg", "cpvt_tiny,Q=3", "not a size of this op: 'Q=3'"),
+        ("peg", "cpvt_tiny,B", "not a size of this op: 'B'"),
+        ("peg", "cpvt_tiny,B=-1", "B must be a whole number"),
+        ("peg", "cpvt_tiny,B=99999999999", "B must be a whole number"),
+    ],
+)
+def test_shapes_that_do_not_exist(op, shape, match):
+    with pytest.raises(ValueError, match=match):
+        op_task.find_cases(op, shape)
+
+
+def test_a_shape_changed_keeps_the_rest():
+    (case,) = op_task.find_cases("patch_embed", "deit_tiny,B=3,kernel=8x8")
+    assert (case.B, case.C, case.kernel) == (3, 192, (8, 8))
+
+
+def test_peers_say_why_they_cannot():
+    fwd = op_task.op_task(op_task.find_cases("linear", "M=4,K=8,N=8")[0], backend="reference")
+    fwd.set_inputs(0)
+    with pytest.raises(Skip, match="only for the op attention"):
+        peers.build("sdpa", fwd)
+    with pytest.raises(Skip, match="image"):
+        peers.build("channels_last", fwd)
+    with pytest.raises(ValueError, match="unknown peer 'nobody'; there are eager"):
+        peers.peer("nobody")
+
+
+def test_absent_peers_are_skipped_with_the_pip_line(monkeypatch):
+    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None)
+    task = op_task.op_task(op_task.find_cases("linear", "M=4,K=8,N=8")[0], backend="reference")
+    _, ort, openvino = measure.measure(task, ["onnxruntime", "openvino"], QUICK)
+    assert (ort.verdict, openvino.verdict) == ("SKIPPED", "SKIPPED")
+    assert "pip install onnxruntime" in ort.reason
+    assert "pip install openvino" in openvino.reason
+
+
+@pytest.mark.parametrize("name", ["onnxruntime", "openvino"])
+def test_peers_that_read_onnx(name):
+    if line := peers.absent(name):
+        pytest.skip(f"not installed: {line}")
+    task = op_task.op_task(CASES["attention"][2], backend="reference")
+    ours, theirs = measure.measure(task, [name], QUICK)
+    assert theirs.verdict in ("FAST", "SAME", "SLOW", "AMBIGUOUS"), theirs.reason
+    assert theirs.error < 1e-4
+
+
+@pytest.mark.slow
+def test_compiled_peers_are_compiled():
+    task = op_task.op_task(op_task.find_cases("linear", "M=4,K=8,N=8")[0], backend="reference")
+    _, compiled, frozen = measure.measure(task, ["compile", "compile-freezing"], QUICK)
+    assert {compiled.verdict, frozen.verdict} <= {"FAST", "SAME", "SLOW", "AMBIGUOUS"}
+
+
+def test_the_preloaded_peer_answers_from_its_own_process():
+    from hybridops.bench.peers import mkl512
+
+    task = op_task.op_task(op_task.find_cases("linear", "M=4,K=8,N=8")[0], backend="reference")
+    library = torch.__file__  # anything that exists: what is no library is ignored with a warning
+    build = {"eager-mkl512": lambda task: mkl512.preloaded(task, library)}
+    _, theirs = measure.measure(task, build, QUICK)
+    assert theirs.verdict in ("FAST", "SAME", "SLOW", "AMBIGUOUS"), theirs.reason
+    assert theirs.error_ratio == pytest.approx(1.0)
+
+
+def test_the_preloaded_peer_needs_a_library(monkeypatch):
+    from hybridops.bench.peers import mkl512
+
+    monkeypatch.setattr(mkl512, "_cpuinfo", lambda: "AuthenticAMD avx512f")
+    monkeypatch.delenv(mkl512.VARIABLE, raising=False)
+    with pytest.raises(Skip, match="names no library"):
+        mkl512.build(op_task.op_task(CASES["peg"][0]))
+    monkeypatch.setenv(mkl512.VARIABLE, "/nowhere/lib.so")
+    with pytest.raises(Skip, match="no file"):
+        mkl512.build(op_task.op_task(CASES["peg"][0]))
