@@ -35,6 +35,7 @@ class Settings:
     cache: str = "warm"  # or "cold": the caches are emptied before every call
     seed: int = 0
     least_rounds: int = LEAST_ROUNDS
+    most_rounds: int = MOST_ROUNDS
 
     def __post_init__(self) -> None:
         for name in ("min_time", "timeout"):
@@ -80,7 +81,7 @@ def interleaved(
     spent = dict.fromkeys(seconds, 0.0)
     order, shuffle = list(candidates), random.Random(settings.seed).shuffle
     start, busy = time.perf_counter(), _busy_elsewhere()
-    for done in range(1, MOST_ROUNDS + 1):
+    for done in range(1, settings.most_rounds + 1):
         shuffle(order)
         for c in order:
             settle()
@@ -97,7 +98,7 @@ def interleaved(
                 break
         if elapsed >= settings.timeout and done >= 3:
             break
-        share = max(elapsed / settings.timeout, done / MOST_ROUNDS)
+        share = max(elapsed / settings.timeout, done / settings.most_rounds)
         sure = f", within {noise:.1%}" if noise else ""
         progress(0.1 + 0.9 * share, f"round {done}{sure}")
     now = _busy_elsewhere()

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import importlib
+import itertools
 import statistics
-import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import hybridops
 
-from ..ops._contract import activate
+from ..bench.clock import Wall
+from ..bench.plain import plain_torch
+from ..bench.sample import Settings, interleaved
+from ..bench.task import Candidate
 from . import UserError
 
 SECONDS, LEAST_ROUNDS, MOST_ROUNDS = 3.0, 15, 1000
@@ -139,49 +139,23 @@ def _time(
     say: Callable[[str], None],
 ) -> tuple[list[float], list[float]]:
     """Milliseconds per call, both sides in turn within each round, so that drift hits both."""
-    times: tuple[list[float], list[float]] = ([], [])
-    sides = ((eager, eager_world), (optimized, nullcontext))
-    warm_up = 1 if quick else 3
+
+    def side(name: str, model: nn.Module, world: Callable[[], AbstractContextManager]) -> Candidate:
+        images = itertools.cycle(batches)
+        return Candidate(name, "", lambda: model(next(images)), list, world)
+
     least = rounds or (3 if quick else LEAST_ROUNDS)
-    most = rounds or (3 if quick else MOST_ROUNDS)
-    seconds = 0.0
-    for i in range(warm_up + most):
-        if i >= warm_up + least and seconds >= SECONDS:
-            break
-        if i % 5 == 0:
-            say(f"timing, round {max(0, i - warm_up)}")
-        x = batches[i % len(batches)]
-        for (model, world), collected in zip(sides, times, strict=True):
-            with world():
-                start = time.perf_counter()
-                model(x)
-                elapsed = time.perf_counter() - start
-            if i >= warm_up:
-                seconds += elapsed
-                collected.append(elapsed * 1e3)
-    return times
-
-
-@contextmanager
-def plain_torch() -> Iterator[None]:
-    """Our own modules as plain torch would run them: the reference ops, attention through SDPA.
-
-    attention's reference spells the scores out, which a torch user would not do: timed against
-    that, our speed-up would be flattered.
-    """
-    file: Any = importlib.import_module("hybridops.ops.attention")
-    reference = file.attention_reference
-
-    def sdpa(q, k, v, bias, bias_index, key_padding_mask, scale, activation):
-        if bias_index is not None or key_padding_mask is not None:
-            return reference(q, k, v, bias, bias_index, key_padding_mask, scale, activation)
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
-        return activate(out.transpose(1, 2), activation)
-
-    file.attention_reference = sdpa
-    try:
-        with hybridops.use("reference"):
-            yield
-    finally:
-        file.attention_reference = reference
+    settings = Settings(
+        min_time=SECONDS / 2,
+        timeout=4 * SECONDS,
+        least_rounds=least,
+        most_rounds=least if rounds or quick else MOST_ROUNDS,
+    )
+    timings = interleaved(
+        [side("eager", eager, eager_world), side("optimized", optimized, nullcontext)],
+        Wall(),
+        settings,
+        progress=lambda share, text: say(f"timing, {text}"),
+    )
+    first, second = ([1e3 * s for s in timings.seconds[n]] for n in ("eager", "optimized"))
+    return first, second
