@@ -2,6 +2,7 @@
 #include "attention.h"
 
 #include <cmath>
+#include <cstring>
 
 namespace hybridops {
 namespace {
@@ -73,25 +74,19 @@ struct Bias {
       stride_b = stride(0), stride_h = stride(1), stride_i = stride(2), stride_j = stride(3);
     }
   }
-  bool in_place() const {
-    return form == kDense && type == Type::kFloat && !padding && (stride_j == 1 || Nk == 1);
-  }
+  bool in_place() const { return form == kDense && !padding && (stride_j == 1 || Nk == 1); }
 
-  // Rows [begin, begin + rows) of head (b, h), in `buffer` or where they lie.
-  const float* rows(int64_t b, int64_t h, int64_t begin, int64_t rows, float* buffer,
-                    int64_t* stride) const {
-    if (form == kNoBias) return nullptr;
-    if (in_place()) {
-      *stride = stride_i;
-      return (const float*)data + b * stride_b + h * stride_h + begin * stride_i;
-    }
-    *stride = Nk;
+  // Rows [begin, begin + rows) of head (b, h), where they lie or, in fp32, in `buffer`.
+  HeadRows rows(int64_t b, int64_t h, int64_t begin, int64_t rows, float* buffer) const {
+    if (form == kNoBias) return {nullptr, type, 0};
+    const int64_t at = b * stride_b + h * stride_h;
+    if (in_place()) return {offset(data, type, at + begin * stride_i), type, stride_i};
     for (int64_t r = 0; r < rows; ++r) {
       float* row = buffer + r * Nk;
       if (form == kTable) {
         simd::gather_bias((const float*)data + h * stride_h, index + (begin + r) * Nk, Nk, row);
       } else {
-        const void* from = offset(data, type, b * stride_b + h * stride_h + (begin + r) * stride_i);
+        const void* from = offset(data, type, at + (begin + r) * stride_i);
         if (stride_j == 1)
           simd::to_float(from, type, Nk, 1, Nk, row, Nk);
         else
@@ -101,7 +96,7 @@ struct Bias {
         for (int64_t j = 0; j < Nk; ++j)
           if (padding[b * Nk + j]) row[j] = -INFINITY;
     }
-    return buffer;
+    return {buffer, Type::kFloat, Nk};
   }
 
  private:
@@ -140,9 +135,9 @@ struct Keys {
     if (!compact) return rows;
     float* y = scratch.take(count * D);
     for (int64_t j = 0; j < count; ++j)
-      simd::to_float(offset(rows.data, rows.type, kept[j] * rows.stride), rows.type, rows.stride, 1,
-                     D, y + j * D, D);
-    return {y, Type::kFloat, D};
+      std::memcpy(offset(y, rows.type, j * D), offset(rows.data, rows.type, kept[j] * rows.stride),
+                  D * size_of(rows.type));
+    return {y, rows.type, D};
   }
   // Gradient rows back to their keys in (Nk, stride) rows; keys that took no part get zeros.
   void scatter(const float* d, int64_t D, int64_t Nk, void* to, Type type, int64_t stride) const {
@@ -244,7 +239,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
   const auto run_head = [&](int64_t b, int64_t h) {
     Scratch scratch;
     const Keys taking(mask, bias.has_value(), b, Nk);
-    const Head head{Nq, taking.count, D, Dv, (float)scale};
+    const Head head{Nq, taking.count, D, Dv, (float)scale, Type::kFloat};
     float* dq_rows = scratch.take(Nq * D);
     float* dk_rows = scratch.take(Nk * D);
     float* dv_rows = scratch.take(Nk * Dv);
@@ -254,12 +249,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
       float* buffer;
     } context{biases, b, h,
               biases.form == Bias::kNoBias ? nullptr : scratch.take(simd::query_block(Nq) * Nk)};
-    BiasRows source{nullptr, &context};
-    if (biases.form != Bias::kNoBias)
-      source.rows = [](const void* c, int64_t begin, int64_t rows, int64_t* stride) {
-        const auto& at = *(const Context*)c;
-        return at.biases.rows(at.b, at.h, begin, rows, at.buffer, stride);
-      };
+    const BiasRows source{[](const void* c, int64_t begin, int64_t rows) {
+                            const auto& at = *(const Context*)c;
+                            return at.biases.rows(at.b, at.h, begin, rows, at.buffer);
+                          },
+                          &context};
     float* bias_sum = needs_dbias ? dbias + ((per_image ? b : 0) * H + h) * Nq * Nk : nullptr;
     simd::attention_backward(
         head, queries.head(b, h), taking.gather(scratch, keys.head(b, h), D),
@@ -307,7 +301,7 @@ void attend(const Heads& queries, const Heads& keys, const Heads& values, int64_
       const int64_t b = t / blocks / H, h = t / blocks % H;
       Scratch scratch;
       const Keys taking(mask, bias.has_value(), b, Nk);
-      const Head head{Nq, taking.count, D, Dv, (float)scale};
+      const Head head{Nq, taking.count, D, Dv, (float)scale, simd::product_type(queries.type)};
       float* packed = scratch.take(simd::packed_head_floats(head));
       simd::pack_head(head, taking.gather(scratch, keys.head(b, h), D),
                       taking.gather(scratch, values.head(b, h), Dv), packed);
@@ -316,11 +310,10 @@ void attend(const Heads& queries, const Heads& keys, const Heads& values, int64_
           biases.form == Bias::kNoBias || biases.in_place() ? nullptr : scratch.take(block * Nk);
       for (; t < end && t / blocks == b * H + h; ++t) {
         const int64_t i = t % blocks * block, rows = std::min(block, Nq - i);
-        int64_t bias_stride = 0;
-        const float* bias_rows = biases.rows(b, h, i, rows, bias_buffer, &bias_stride);
-        simd::attention_forward(head, queries.head(b, h), i, rows, packed, bias_rows, bias_stride,
-                                activation, offset(y, queries.type, ((b * Nq + i) * H + h) * Dv),
-                                H * Dv, sums + (b * H + h) * Nq + i, work);
+        simd::attention_forward(head, queries.head(b, h), i, rows, packed,
+                                biases.rows(b, h, i, rows, bias_buffer), activation,
+                                offset(y, queries.type, ((b * Nq + i) * H + h) * Dv), H * Dv,
+                                sums + (b * H + h) * Nq + i, work);
       }
     }
   });

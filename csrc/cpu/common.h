@@ -152,8 +152,8 @@ struct RowView {
   int64_t rows, n, stride;
 
   // Rows of the caller's own, in scratch.
-  RowView(const float* x, int64_t M, int64_t K)
-      : data(x), type(simd::Type::kFloat), rows(M), n(K), stride(K) {}
+  RowView(const void* x, simd::Type type, int64_t M, int64_t K)
+      : data(x), type(type), rows(M), n(K), stride(K) {}
 
   explicit RowView(const Tensor& x) : tensor(x), type(type_of(x)) {
     if (!collapses(x)) tensor = torch::stable::contiguous(x);

@@ -11,6 +11,7 @@
 namespace hybridops {
 namespace {
 
+using simd::Depth;
 using simd::Grid;
 using simd::Image;
 using simd::Output;
@@ -48,21 +49,33 @@ Image image_of(const Tensor& x, int64_t b) {
 }
 
 // The rows of a (Hp, Wp, C) buffer under the output pixels of a convolution.
-Rows patches(const float* buffer, int64_t Wp, const Layer& l) {
+Rows patches(const void* buffer, Type type, int64_t Wp, const Layer& l) {
   const Grid grid{l.out.W, l.stride * Wp * l.Ci, l.stride * l.Ci};
-  return {buffer, grid, l.Kw * l.Ci, l.Kh, Wp * l.Ci};
+  return {buffer, type, grid, l.Kw * l.Ci, l.Kh, Wp * l.Ci};
 }
 
-void clear_border(float* buffer, int64_t C, const Size& inner, const Sides& p, float value) {
+template <class E>
+void clear_border(E* buffer, int64_t C, const Size& inner, const Sides& p, E value) {
   const int64_t Wp = inner.W + p.left + p.right;
   std::fill(buffer, buffer + p.top * Wp * C, value);
   for (int64_t h = 0; h < inner.H; ++h) {
-    float* row = buffer + (p.top + h) * Wp * C;
+    E* row = buffer + (p.top + h) * Wp * C;
     std::fill(row, row + p.left * C, value);
     std::fill(row + (p.left + inner.W) * C, row + Wp * C, value);
   }
   std::fill(buffer + (p.top + inner.H) * Wp * C, buffer + (p.top + inner.H + p.bottom) * Wp * C,
             value);
+}
+
+constexpr uint16_t kMinusInfinity = 0xff80;  // in bf16
+
+// Zeros around what a convolution reads, -infinity around what a pool does.
+void clear_border(void* buffer, Type type, int64_t C, const Size& inner, const Sides& p,
+                  bool for_pool) {
+  if (type == Type::kFloat)
+    clear_border((float*)buffer, C, inner, p, for_pool ? -INFINITY : 0.0f);
+  else
+    clear_border((uint16_t*)buffer, C, inner, p, for_pool ? kMinusInfinity : uint16_t{0});
 }
 
 int64_t padded_floats(const Size& s, const Sides& p, int64_t C) {
@@ -82,15 +95,17 @@ std::vector<Layer> plan(Scratch& scratch, const Tensor& image, const std::vector
                         const std::vector<int64_t>& strides, const std::vector<int64_t>& paddings,
                         const std::vector<int64_t>& activations) {
   const size_t L = weights.size();
-  STD_TORCH_CHECK(image.dim() == 4 && L > 0 && biases.size() == L && strides.size() == L &&
-                      activations.size() == L && (packed.empty() || packed.size() == L),
+  STD_TORCH_CHECK(image.dim() == 4 && L > 0 && image.is_cpu() && biases.size() == L &&
+                      strides.size() == L && activations.size() == L &&
+                      (packed.empty() || packed.size() == L),
                   "conv_stem: the lists of layers differ in length");
   std::vector<Layer> layers;
   Size size{image.size(2), image.size(3)};
   int64_t channels = image.size(1);
   for (size_t i = 0; i < L; ++i) {
     STD_TORCH_CHECK(weights[i].dim() == 4 && weights[i].size(1) == channels &&
-                        biases[i].numel() == weights[i].size(0),
+                        biases[i].numel() == weights[i].size(0) && weights[i].is_cpu() &&
+                        type_of(weights[i]) == type_of(weights[0]) && biases[i].is_cpu(),
                     "conv_stem: weight or bias does not fit");
     Layer l{};
     l.Co = weights[i].size(0), l.Ci = channels, l.Kh = weights[i].size(2),
@@ -100,16 +115,14 @@ std::vector<Layer> plan(Scratch& scratch, const Tensor& image, const std::vector
                         size.W + l.padding.left + l.padding.right >= l.Kw,
                     "conv_stem: a layer does not fit its input");
     l.in = size, l.out = size = size.after(l.Kh, l.Kw, l.stride, l.padding);
-    const int64_t K = l.Kh * l.Kw * l.Ci;
+    const Depth K{simd::product_type(type_of(weights[i])), l.Kw * l.Ci, l.Kh};
     if (packed.empty()) {  // (Co, Kh, Kw, Ci): the order in which a patch lies in the buffer
       Tensor w = torch::stable::contiguous(
           torch::stable::transpose(torch::stable::transpose(weights[i], 1, 2), 2, 3));
-      l.packed = pack_weight(scratch, w.const_data_ptr(), type_of(w), K, 1, l.Co, K);
+      l.packed =
+          pack_weight(scratch, w.const_data_ptr(), type_of(w), K.length * K.runs, 1, l.Co, K);
     } else {
-      STD_TORCH_CHECK(packed[i].numel() == simd::packed_floats(l.Co, K) &&
-                          packed[i].scalar_type() == ScalarType::Float,
-                      "conv_stem: packed is not pack_conv(weight)");
-      l.packed = (const float*)packed[i].const_data_ptr();
+      l.packed = check_packed(packed[i], l.Co, K);
     }
     l.bias = floats(scratch, biases[i]);
     layers.push_back(l);
@@ -132,7 +145,7 @@ Tensor conv_stem(Tensor image, std::vector<Tensor> weights, std::vector<Tensor> 
   STD_TORCH_CHECK(size.H > 0 && size.W > 0, "conv_stem: the pool does not fit");
   const int64_t B = image.size(0), C = last.Co;
   Tensor tokens = empty({B, size.H * size.W, C}, weights[0].scalar_type());
-  const Type type = type_of(tokens);
+  const Type type = type_of(tokens), between = simd::product_type(type);
   if (tokens.numel() == 0) return tokens;
 
   // Buffer i holds the input of layer i with that layer's padding around it; one more in front of
@@ -140,11 +153,11 @@ Tensor conv_stem(Tensor image, std::vector<Tensor> weights, std::vector<Tensor> 
   std::vector<float*> buffers;
   for (const Layer& l : layers) {
     buffers.push_back(scratch.take(padded_floats(l.in, l.padding, l.Ci)));
-    if (buffers.size() > 1) clear_border(buffers.back(), l.Ci, l.in, l.padding, 0.0f);
+    if (buffers.size() > 1) clear_border(buffers.back(), between, l.Ci, l.in, l.padding, false);
   }
   if (has_pool) {
     buffers.push_back(scratch.take(padded_floats(last.out, around, C)));
-    clear_border(buffers.back(), C, last.out, around, -INFINITY);  // a padded cell never wins
+    clear_border(buffers.back(), between, C, last.out, around, true);  // a padded cell never wins
   }
   for (int64_t b = 0; b < B; ++b) {
     const Layer& first = layers[0];
@@ -153,7 +166,7 @@ Tensor conv_stem(Tensor image, std::vector<Tensor> weights, std::vector<Tensor> 
     parallel(Hp, [&](int64_t begin, int64_t end) {
       simd::load_padded(source, first.padding.top, first.padding.left,
                         first.in.W + first.padding.left + first.padding.right, begin, end,
-                        buffers[0]);
+                        buffers[0], between);
     });
     void* out = offset(tokens.mutable_data_ptr(), type, b * size.H * size.W * C);
     for (size_t i = 0; i < layers.size(); ++i) {
@@ -163,12 +176,12 @@ Tensor conv_stem(Tensor image, std::vector<Tensor> weights, std::vector<Tensor> 
       if (to_buffer) {
         const Sides& p = i + 1 < layers.size() ? layers[i + 1].padding : around;
         const int64_t Wp = l.out.W + p.left + p.right;
-        output = {buffers[i + 1] + (p.top * Wp + p.left) * l.Co, Type::kFloat,
+        output = {offset(buffers[i + 1], between, (p.top * Wp + p.left) * l.Co), between,
                   Grid{l.out.W, Wp * l.Co, l.Co}};
       }
       output.bias = l.bias;
       output.activation = l.activation;
-      product_parallel(patches(buffers[i], l.in.W + l.padding.left + l.padding.right, l),
+      product_parallel(patches(buffers[i], between, l.in.W + l.padding.left + l.padding.right, l),
                        l.out.H * l.out.W, l.packed, l.Co, output);
     }
     if (has_pool) {
@@ -176,7 +189,7 @@ Tensor conv_stem(Tensor image, std::vector<Tensor> weights, std::vector<Tensor> 
                             size.W};
       parallel(size.H, [&](int64_t begin, int64_t end) {
         for (int64_t ho = begin; ho < end; ++ho)
-          simd::max_pool_row(buffers.back(), window, ho, out, type);
+          simd::max_pool_row(buffers.back(), between, window, ho, out, type);
       });
     }
   }
@@ -234,7 +247,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_backward(Tensor dz, Tensor image, Tensor
   parallel(B, [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b)
       simd::load_padded(image_of(image, b), l.padding.top, l.padding.left, Wp, 0, Hp,
-                        buffers + b * buffer_floats);
+                        buffers + b * buffer_floats, Type::kFloat);
   });
   const RowView gradients(dz);
   Tensor rows = empty({l.Co, K}, dtype), dbias = empty({l.Co}, dtype);  // (Co, Kh, Kw, Ci)
@@ -247,7 +260,8 @@ std::tuple<Tensor, Tensor, Tensor> conv_backward(Tensor dz, Tensor image, Tensor
   Tensor dimage = empty({B, l.in.H, l.in.W, l.Ci}, dtype);
   const Tensor w = torch::stable::contiguous(
       torch::stable::transpose(torch::stable::transpose(weight, 1, 2), 2, 3));
-  const float* packed = pack_weight(scratch, w.const_data_ptr(), type, 1, K, K, l.Co);
+  const float* packed =
+      pack_weight(scratch, w.const_data_ptr(), type, 1, K, K, {Type::kFloat, l.Co});
   const Window2d window{l.Kh, l.Kw, stride, l.Ci, Wp, l.out.W};
   void* to = dimage.mutable_data_ptr();
   parallel(B, [&](int64_t begin, int64_t end) {
@@ -262,8 +276,8 @@ std::tuple<Tensor, Tensor, Tensor> conv_backward(Tensor dz, Tensor image, Tensor
         const int64_t first = b * pixels + ho * l.out.W;
         simd::to_float(offset(gradients.data, type, first * gradients.stride), type,
                        gradients.stride, l.out.W, l.Co, row, l.Co);
-        simd::product(Rows{row, simd::plain_rows(l.Co), l.Co}, 0, l.out.W, packed, K, 0,
-                      simd::panel_count(K), Output{dpatches, Type::kFloat, simd::plain_rows(K)});
+        simd::product(Rows{row, Type::kFloat, simd::plain_rows(l.Co), l.Co}, 0, l.out.W, packed, K,
+                      0, simd::panel_count(K), Output{dpatches, Type::kFloat, simd::plain_rows(K)});
         simd::scatter_patches(dpatches, window, ho * l.out.W, l.out.W, sums);
       }
       const int64_t run = l.in.W * l.Ci;

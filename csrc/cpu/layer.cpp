@@ -1,5 +1,5 @@
 // hybridops::attention_layer and mlp_layer: see hybridops/ops/layer.py for the meaning. Whole
-// layers in one dispatch; what lies between their products stays in fp32 scratch.
+// layers in one dispatch; what lies between their products stays in scratch, in the product type.
 #include "attention.h"
 #include "linear.h"
 
@@ -73,19 +73,20 @@ Tensor attention_layer(Tensor x, std::optional<Tensor> norm_weight, std::optiona
   Tensor y = empty({B, N, out.N}, x.scalar_type());
   if (y.numel() == 0) return y;
 
+  const Type type = simd::product_type(rows.type);
   float* projected = scratch.take(B * N * qkv.N);
-  linear_rows(rows, qkv, {projected, Type::kFloat, simd::plain_rows(qkv.N)});
+  linear_rows(rows, qkv, {projected, type, simd::plain_rows(qkv.N)});
   // q, k and v of a head: side by side (LeViT), or all heads' q, then all heads' k, then all heads'
   // v
   const int64_t step = interleaved ? 2 * D + Dv : D, step_v = interleaved ? 2 * D + Dv : Dv;
   const int64_t at_k = interleaved ? D : H * D, at_v = 2 * at_k;
   const auto part = [&](int64_t at, int64_t width, int64_t stride_h) {
-    return Heads{projected + at, Type::kFloat, N, width, N * qkv.N, qkv.N, stride_h};
+    return Heads{offset(projected, type, at), type, N, width, N * qkv.N, qkv.N, stride_h};
   };
   float* mixed = scratch.take(B * N * H * Dv);
   attend(part(0, D, step), part(at_k, D, step), part(at_v, Dv, step_v), B, H, bias, std::nullopt,
          std::nullopt, scale, activation, mixed, scratch.take(B * H * N));
-  linear_rows(RowView(mixed, B * N, H * Dv), out, output_to(y, rows, residual));
+  linear_rows(RowView(mixed, type, B * N, H * Dv), out, output_to(y, rows, residual));
   return y;
 }
 

@@ -5,17 +5,35 @@
 
 namespace hybridops {
 
+using simd::Depth;
 using simd::plain_rows;
+using simd::product_type;
 using simd::Rows;
 using simd::Type;
 
-const float* pack_weight(Scratch& scratch, const void* weight, Type type, int64_t stride_n,
-                         int64_t stride_k, int64_t N, int64_t K) {
-  float* packed = scratch.take(simd::packed_floats(N, K));
+namespace {
+
+void pack_into(float* packed, const void* weight, Type type, int64_t stride_n, int64_t stride_k,
+               int64_t N, const Depth& K) {
   parallel(simd::panel_count(N), [=](int64_t begin, int64_t end) {
     simd::pack(weight, type, stride_k, stride_n, K, N, begin, end, packed);
   });
+}
+
+}  // namespace
+
+const float* pack_weight(Scratch& scratch, const void* weight, Type type, int64_t stride_n,
+                         int64_t stride_k, int64_t N, const Depth& K) {
+  float* packed = scratch.take(simd::packed_floats(N, K));
+  pack_into(packed, weight, type, stride_n, stride_k, N, K);
   return packed;
+}
+
+const float* check_packed(const Tensor& packed, int64_t N, const Depth& K) {
+  STD_TORCH_CHECK(packed.is_cpu() && packed.numel() == simd::packed_floats(N, K) &&
+                      packed.is_contiguous() && packed.scalar_type() == ScalarType::Float,
+                  "hybridops: packed was not made from this weight");
+  return (const float*)packed.const_data_ptr();
 }
 
 namespace {
@@ -32,7 +50,7 @@ struct Split {
     const int64_t P = simd::panel_count(N), tile = simd::row_tile();
     row_blocks = std::max<int64_t>(divide_up(M, kRowBlock), 1);
     row_blocks = divide_up(row_blocks, T) * T;
-    rows = std::max<int64_t>(divide_up(divide_up(M, row_blocks), tile) * tile, tile);
+    rows = std::max<int64_t>(divide_up(M, row_blocks), 1);
     row_blocks = divide_up(M, rows);
     panel_blocks = 1;
     panels = P;
@@ -124,25 +142,25 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward(Tensor dy, Tensor x, Tensor w
   const RowView gradients(dy), tokens(x);
   if (dx.numel() > 0) {
     Scratch scratch;
+    const Type type = type_of(weight);
     const float* panels =  // dx = dy @ weight: the weight's columns are the product's
-        pack_weight(scratch, weight.const_data_ptr(), type_of(weight), weight.stride(1),
-                    weight.stride(0), K, N);
+        pack_weight(scratch, weight.const_data_ptr(), type, weight.stride(1), weight.stride(0), K,
+                    {product_type(type), N});
     linear_rows(gradients, {panels, K}, {dx.mutable_data_ptr(), type_of(dx), plain_rows(K)});
   }
   weight_gradient(gradients, N, K, token_rows, &tokens, dweight, dbias);
   return {dx, dweight, dbias};
 }
 
-Tensor pack_linear(Tensor weight) {
-  const int64_t N = weight.size(0), K = weight.size(1);
-  Tensor packed = empty({simd::packed_floats(N, K)}, ScalarType::Float);
-  auto* panels = (float*)packed.mutable_data_ptr();
-  const void* data = weight.const_data_ptr();
+Tensor pack_linear(Tensor weight, int64_t runs) {
+  const int64_t N = weight.size(0);
+  STD_TORCH_CHECK(weight.dim() == 2 && runs > 0 && weight.size(1) % runs == 0,
+                  "pack_linear: weight must be a matrix of equal runs");
   const Type type = type_of(weight);
-  const int64_t stride_n = weight.stride(0), stride_k = weight.stride(1);
-  parallel(simd::panel_count(N), [=](int64_t begin, int64_t end) {
-    simd::pack(data, type, stride_k, stride_n, K, N, begin, end, panels);
-  });
+  const Depth K{product_type(type), weight.size(1) / runs, runs};
+  Tensor packed = empty({simd::packed_floats(N, K)}, ScalarType::Float);
+  pack_into((float*)packed.mutable_data_ptr(), weight.const_data_ptr(), type, weight.stride(0),
+            weight.stride(1), N, K);
   return packed;
 }
 
@@ -162,14 +180,11 @@ const float* panels_of(Scratch& scratch, const Tensor& weight,
                        const std::optional<Tensor>& packed) {
   STD_TORCH_CHECK(weight.dim() == 2 && weight.is_cpu(),
                   "linear: weight must be a matrix on the CPU");
-  const int64_t N = weight.size(0), K = weight.size(1);
-  if (!packed.has_value())
-    return pack_weight(scratch, weight.const_data_ptr(), type_of(weight), weight.stride(0),
-                       weight.stride(1), N, K);
-  STD_TORCH_CHECK(packed->is_cpu() && packed->numel() == simd::packed_floats(N, K) &&
-                      packed->is_contiguous() && packed->scalar_type() == ScalarType::Float,
-                  "linear: packed is not pack_linear(weight)");
-  return (const float*)packed->const_data_ptr();
+  const Type type = type_of(weight);
+  const Depth K{product_type(type), weight.size(1)};
+  if (packed.has_value()) return check_packed(*packed, weight.size(0), K);
+  return pack_weight(scratch, weight.const_data_ptr(), type, weight.stride(0), weight.stride(1),
+                     weight.size(0), K);
 }
 
 void linear_part(const RowView& x, const LinearWeights& weights, const Output& output, int64_t row,
@@ -177,29 +192,30 @@ void linear_part(const RowView& x, const LinearWeights& weights, const Output& o
   const int64_t K = x.n, N = weights.N;
   Output part = output;
   part.bias = weights.bias;
-  if (x.type == Type::kFloat && !weights.norm_weight)
-    return simd::product(Rows{(const float*)x.data, plain_rows(x.stride), K}, row, row_end,
-                         weights.packed, N, panel, panel_end, part);
+  const Type type = product_type(x.type);
+  if (x.type == type && !weights.norm_weight)
+    return simd::product(Rows{x.data, type, plain_rows(x.stride), K}, row, row_end, weights.packed,
+                         N, panel, panel_end, part);
   // LayerNorm, or a widening to fp32, of these rows, in front of their products
   Scratch scratch;
   float* rows = scratch.take((row_end - row) * K);
   const void* from = offset(x.data, x.type, row * x.stride);
   if (weights.norm_weight)
     simd::layer_norm(from, x.type, x.stride, row_end - row, K, weights.norm_weight,
-                     weights.norm_bias, weights.eps, rows, K);
+                     weights.norm_bias, weights.eps, rows, type, K);
   else
     simd::to_float(from, x.type, x.stride, row_end - row, K, rows, K);
   part.data = offset(output.data, output.type, row * output.grid.inner_stride);
   if (output.residual)
     part.residual = offset(output.residual, output.type, row * output.residual_grid.inner_stride);
-  simd::product(Rows{rows, plain_rows(K), K}, 0, row_end - row, weights.packed, N, panel, panel_end,
-                part);
+  simd::product(Rows{rows, type, plain_rows(K), K}, 0, row_end - row, weights.packed, N, panel,
+                panel_end, part);
 }
 
 void linear_rows(const RowView& x, const LinearWeights& weights, const Output& output) {
   Output whole = output;
   whole.few_rows = x.rows < 4;
-  const bool in_place = x.type == Type::kFloat && !weights.norm_weight;
+  const bool in_place = x.type == product_type(x.type) && !weights.norm_weight;
   for_tasks(Split(x.rows, weights.N, threads(), !in_place), x.rows, weights.N,
             [&](int64_t row, int64_t row_end, int64_t panel, int64_t panel_end) {
               linear_part(x, weights, whole, row, row_end, panel, panel_end);
@@ -210,17 +226,18 @@ void linear_pair(const RowView& x, const LinearWeights& up, int64_t activation,
                  const LinearWeights& down, const Output& output) {
   const int64_t M = x.rows, hidden = up.N, T = threads();
   const int64_t tile = simd::row_tile();
+  const Type type = product_type(x.type);
   if (M < 8 * tile * T) {  // few rows: each product is cut by panels, with its own barrier
     Scratch scratch;
     float* between = scratch.take(M * hidden);
-    Output middle{between, Type::kFloat, plain_rows(hidden)};
+    Output middle{between, type, plain_rows(hidden)};
     middle.activation = activation;
     linear_rows(x, up, middle);
-    return linear_rows(RowView(between, M, hidden), down, output);
+    return linear_rows(RowView(between, type, M, hidden), down, output);
   }
   // A block of rows goes through both products at once: what lies between them stays in cache.
   const int64_t blocks = divide_up(divide_up(M, kRowBlock), T) * T;
-  const int64_t rows = divide_up(divide_up(M, blocks), tile) * tile;
+  const int64_t rows = divide_up(M, blocks);
   parallel(divide_up(M, rows), [&](int64_t begin, int64_t end) {
     Scratch scratch;
     float* between = scratch.take(rows * hidden);
@@ -228,7 +245,7 @@ void linear_pair(const RowView& x, const LinearWeights& up, int64_t activation,
       const int64_t n = std::min(rows, M - row);
       RowView block = x;
       block.data = offset(x.data, x.type, row * x.stride);
-      Output middle{between, Type::kFloat, plain_rows(hidden)};
+      Output middle{between, type, plain_rows(hidden)};
       middle.activation = activation;
       linear_part(block, up, middle, 0, n, 0, simd::panel_count(hidden));
       Output part = output;
@@ -236,7 +253,8 @@ void linear_pair(const RowView& x, const LinearWeights& up, int64_t activation,
       if (output.residual)
         part.residual =
             offset(output.residual, output.type, row * output.residual_grid.inner_stride);
-      linear_part(RowView(between, n, hidden), down, part, 0, n, 0, simd::panel_count(down.N));
+      linear_part(RowView(between, type, n, hidden), down, part, 0, n, 0,
+                  simd::panel_count(down.N));
     }
   });
 }
@@ -255,7 +273,7 @@ void weight_gradient(const RowView& dz, int64_t N, int64_t K, RowChunk chunk, co
       const int64_t stride_dz = (divide_up(n, 16) | 1) * 16;
       float* gradients = scratch.take(kGradientChunk * stride_dz);
       float* buffer = scratch.take(kGradientChunk * K);
-      float* packed = scratch.take(simd::packed_floats(K, kGradientChunk));
+      float* packed = scratch.take(simd::packed_floats(K, {Type::kFloat, kGradientChunk}));
       float* bias = scratch.take(n);
       std::fill(bias, bias + n, 0.0f);
       float* sums = type == Type::kFloat ? (float*)dweight.mutable_data_ptr() + first * K
@@ -268,7 +286,8 @@ void weight_gradient(const RowView& dz, int64_t N, int64_t K, RowChunk chunk, co
         simd::to_float(offset(dz.data, dz.type, m * dz.stride + first), dz.type, dz.stride, rows, n,
                        gradients, stride_dz);
         simd::add_rows(gradients, stride_dz, rows, n, bias);
-        simd::pack(x, Type::kFloat, stride, 1, rows, K, 0, simd::panel_count(K), packed);
+        simd::pack(x, Type::kFloat, stride, 1, {Type::kFloat, rows}, K, 0, simd::panel_count(K),
+                   packed);
         simd::product_transposed(gradients, stride_dz, n, rows, packed, K, sums, K, m > 0);
       }
       if (type != Type::kFloat)

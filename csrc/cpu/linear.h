@@ -11,7 +11,10 @@ using simd::Output;
 
 // weight (N, K) with any strides, in panels; in parallel.
 const float* pack_weight(Scratch& scratch, const void* weight, simd::Type type, int64_t stride_n,
-                         int64_t stride_k, int64_t N, int64_t K);
+                         int64_t stride_k, int64_t N, const simd::Depth& K);
+
+// What `packed`, made by pack_linear, must have been made for.
+const float* check_packed(const Tensor& packed, int64_t N, const simd::Depth& K);
 
 // Every row of `rows` times the packed weight, shared out over rows or panels, whichever balances
 // and reuses better.
@@ -35,7 +38,7 @@ struct LinearWeights {
 // output = linear(norm(x)): see Output for what follows the product. The bias is the weights'.
 void linear_rows(const RowView& x, const LinearWeights& weights, const Output& output);
 
-// output = down(activation(up(norm(x)))), the numbers in between in fp32.
+// output = down(activation(up(norm(x)))), the numbers in between in the product type.
 void linear_pair(const RowView& x, const LinearWeights& up, int64_t activation,
                  const LinearWeights& down, const Output& output);
 

@@ -7,6 +7,7 @@
 namespace hybridops {
 namespace {
 
+using simd::Depth;
 using simd::Grid;
 using simd::Image;
 using simd::Output;
@@ -16,30 +17,30 @@ using simd::Type;
 struct Patches {
   int64_t Ci, Kh, Kw, stride, top, left, Hp, Wp, Wo, N;
   bool planar;  // must agree with is_planar() in patch_embed.py: it decides the order of `packed`
+  Type type;    // in which they are multiplied
+
+  Depth depth() const { return planar ? Depth{type, Kw, Ci * Kh} : Depth{type, Kw * Ci, Kh}; }
 };
 
 // The rows under the patches of one image: where it lies if its planes can be read directly, else
 // in `buffer`.
 Rows rows_of(const Image& image, const Patches& p, float* buffer) {
-  const bool in_place = p.Hp == image.H && p.Wp == image.W && image.type == Type::kFloat;
+  const bool in_place = p.Hp == image.H && p.Wp == image.W && image.type == p.type;
   if (!p.planar) {
     if (in_place && image.stride_c == 1 && image.stride_w == p.Ci)
-      return {(const float*)image.data, Grid{p.Wo, p.stride * image.stride_h, p.stride * p.Ci},
-              p.Kw * p.Ci, p.Kh, image.stride_h};
-    simd::load_padded(image, p.top, p.left, p.Wp, 0, p.Hp, buffer);
-    return {buffer, Grid{p.Wo, p.stride * p.Wp * p.Ci, p.stride * p.Ci}, p.Kw * p.Ci, p.Kh,
-            p.Wp * p.Ci};
+      return {image.data,  p.type, Grid{p.Wo, p.stride * image.stride_h, p.stride * p.Ci},
+              p.Kw * p.Ci, p.Kh,   image.stride_h};
+    simd::load_padded(image, p.top, p.left, p.Wp, 0, p.Hp, buffer, p.type);
+    return {buffer,      p.type, Grid{p.Wo, p.stride * p.Wp * p.Ci, p.stride * p.Ci},
+            p.Kw * p.Ci, p.Kh,   p.Wp * p.Ci};
   }
   if (in_place && image.stride_w == 1)
-    return {(const float*)image.data,
-            Grid{p.Wo, p.stride * image.stride_h, p.stride},
-            p.Kw,
-            p.Ci,
-            image.stride_c,
-            p.Kh,
-            image.stride_h};
-  simd::load_planes(image, p.top, p.left, p.Hp, p.Wp, buffer);
-  return {buffer, Grid{p.Wo, p.stride * p.Wp, p.stride}, p.Kw, p.Ci, p.Hp * p.Wp, p.Kh, p.Wp};
+    return {image.data, p.type,        Grid{p.Wo, p.stride * image.stride_h, p.stride},
+            p.Kw,       p.Ci,          image.stride_c,
+            p.Kh,       image.stride_h};
+  simd::load_planes(image, p.top, p.left, p.Hp, p.Wp, buffer, p.type);
+  return {buffer, p.type, Grid{p.Wo, p.stride * p.Wp, p.stride}, p.Kw, p.Ci, p.Hp * p.Wp,
+          p.Kh,   p.Wp};
 }
 
 // rows (n, C) in `type` += added (n, C) in `type`
@@ -86,20 +87,17 @@ Tensor patch_embed(Tensor image, Tensor weight, std::optional<Tensor> bias,
   if (tokens.numel() == 0) return tokens;
 
   Scratch scratch;
-  const Patches patches{Ci, Kh, Kw, stride, padding[0],        padding[1],
-                        Hp, Wp, Wo, N,      Ci <= 4 && Kw >= 8};
+  const Patches patches{Ci, Kh, Kw, stride, padding[0],         padding[1],
+                        Hp, Wp, Wo, N,      Ci <= 4 && Kw >= 8, simd::product_type(type)};
   const float* panels;
   if (packed.has_value()) {
-    STD_TORCH_CHECK(
-        packed->numel() == simd::packed_floats(C, K) && packed->scalar_type() == ScalarType::Float,
-        "patch_embed: packed is not pack_patch(weight)");
-    panels = (const float*)packed->const_data_ptr();
+    panels = check_packed(*packed, C, patches.depth());
   } else {
     Tensor w = patches.planar
                    ? weight
                    : torch::stable::transpose(torch::stable::transpose(weight, 1, 2), 2, 3);
     w = torch::stable::contiguous(w);
-    panels = pack_weight(scratch, w.const_data_ptr(), type, K, 1, C, K);
+    panels = pack_weight(scratch, w.const_data_ptr(), type, K, 1, C, patches.depth());
   }
   std::optional<Tensor> pos, front;
   if (pos_embed.has_value()) pos = torch::stable::contiguous(*pos_embed);
@@ -137,8 +135,8 @@ Tensor patch_embed(Tensor image, Tensor weight, std::optional<Tensor> bias,
     parallel(divide_up(N, 16), [&](int64_t begin, int64_t end) {
       const int64_t first = begin * 16, rows = std::min(end * 16, N) - first;
       float* normed = raw + first * C;
-      simd::layer_norm(normed, Type::kFloat, C, rows, C, norm, norm_shift, (float)eps, normed, C);
-      simd::from_float(normed, C, rows, C, offset(patch_tokens, type, first * C), type, C);
+      simd::layer_norm(normed, Type::kFloat, C, rows, C, norm, norm_shift, (float)eps,
+                       offset(patch_tokens, type, first * C), type, C);
       if (patch_pos)
         add_into(offset(patch_tokens, type, first * C), offset(patch_pos, type, first * C), type,
                  rows * C);

@@ -23,7 +23,7 @@ HYBRIDOPS_INLINE Vec erf(Vec z) {
   q = fma(q, u, splat(5.0416094064712524e-01f));
   p = fma(p, u, splat(1.1283789873123169f));
   q = fma(q, u, splat(1.0f));
-  return max(splat(-1.0f), min(splat(1.0f), z * p / q));
+  return max(splat(-1.0f), min(splat(1.0f), z * p * reciprocal(q)));
 }
 
 template <Activation kind>
@@ -35,7 +35,7 @@ HYBRIDOPS_INLINE Vec activate(Vec x) {
   }
   if constexpr (kind == kGeluTanh) {  // 0.5 x (1 + tanh(t)) = x sigmoid(2t)
     const Vec t = x * 1.5957691216057308f * fma(x * x, splat(0.044715f), splat(1.0f));
-    return x / (exp(-t) + 1.0f);
+    return x / (exp(-t) + 1.0f);  // not a reciprocal: the denominator may be infinite
   }
   if constexpr (kind == kSilu) return x / (exp(-x) + 1.0f);
   if constexpr (kind == kHardswish) {

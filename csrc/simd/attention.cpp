@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <type_traits>
 
 #include "activation.h"
 #include "tile.h"
@@ -12,68 +13,91 @@ namespace {
 
 constexpr int64_t kQueryBlock = 64;  // at most: 64 x 577 scores stay in a 512 KB L2
 
-HYBRIDOPS_INLINE int64_t round_up(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
-
 // An odd number of cache lines per row, so that walking down a column (the transposed products)
 // uses every cache set.
 HYBRIDOPS_INLINE int64_t skewed(int64_t n) { return ((n + 15) / 16 | 1) * 16; }
 
-// scores <- exp(scores + bias - max); lse and 1 / sum per row. A row of nothing but -inf gives
-// zeros.
-void softmax_rows(float* scores, int64_t stride, int64_t rows, int64_t n, const float* bias,
-                  int64_t bias_stride, float* lse, float* inverse_sum) {
-  const int64_t padded = round_up(n);
-  for (int64_t r = 0; r < rows; ++r, scores += stride) {
-    std::fill(scores + n, scores + padded, -__builtin_inff());
+constexpr float kLog2E = 1.44269504088896341f;
+
+// f(bias rows in their own type); a null of type None for no bias.
+struct None {};
+template <class F>
+void with_bias(HeadRows bias, const F& f) {
+  if (!bias.data) return f((const None*)nullptr);
+  bias.type == Type::kFloat ? f((const float*)bias.data) : f((const BFloat16*)bias.data);
+}
+
+// scores -> 2^(t - max t), t = log2(e) (scale * scores + bias), in type E where the scores lay; lse
+// = log2 sum 2^t and 1 / sum per row. A row of nothing but -inf gives zeros.
+template <class E, class Bias>
+void softmax_rows(float* scores, int64_t stride, int64_t rows, int64_t n, float scale,
+                  const Bias* bias, int64_t bias_stride, float* lse, float* inverse_sum) {
+  constexpr bool has_bias = !std::is_same_v<Bias, None>;
+  const int64_t whole = n / kLanes * kLanes;
+  const Vec factor = splat(scale * kLog2E);
+  for (int64_t r = 0; r < rows; ++r, scores += stride, bias += bias_stride) {
     Vec top = splat(-__builtin_inff());
-    for (int64_t i = 0; i < padded; i += kLanes) {
-      Vec s = load(scores + i);
-      if (bias) {
-        s += load_some(bias + r * bias_stride + i, n - i);
-        store(scores + i, s);
+    for (int64_t i = 0; i < n; i += kLanes) {
+      Vec t = load(scores + i) * factor;
+      if constexpr (has_bias) {
+        t = fma(load_some(bias + i, n - i), splat(kLog2E), t);
+        store(scores + i, t);
       }
-      top = max(s, top);
+      if (i == whole) t = keep(t, n - i, -__builtin_inff());
+      top = max(t, top);
     }
     float highest = largest(top);
     if (highest == -__builtin_inff()) highest = 0.0f;
+    const Vec shift = splat(-highest);
+    const auto power = [&](int64_t i) {
+      const Vec t = load(scores + i);
+      return exp2(has_bias ? t + shift : fma(t, factor, shift));
+    };
+    E* p = (E*)scores;  // a vector of E ends where it was read from, or before
     Vec total{};
-    for (int64_t i = 0; i < padded; i += kLanes) {
-      const Vec p = exp(load(scores + i) - highest);
-      store(scores + i, p);
-      total += p;
+    for (int64_t i = 0; i < whole; i += kLanes) {
+      const Vec y = power(i);
+      total += y;
+      store(p + i, y);
+    }
+    if (whole < n) {
+      const Vec y = keep(power(whole), n - whole, 0.0f);
+      total += y;
+      store(p + whole, y);
     }
     const float all = sum(total);
     inverse_sum[r] = all == 0.0f ? 0.0f : 1.0f / all;
-    lse[r] = highest + std::log(all);
+    lse[r] = highest + std::log2(all);
   }
 }
 
-// p <- exp(p + bias - lse), dp <- p * (dp - delta); dbias += dp
+// p: scores -> 2^(t - lse), dp -> scale * p * (dp - delta); dbias += p * (dp - delta)
+template <class Bias>
 void softmax_backward_rows(float* p, float* dp, int64_t stride, int64_t rows, int64_t n,
-                           const float* bias, int64_t bias_stride, const float* lse,
+                           float scale, const Bias* bias, int64_t bias_stride, const float* lse,
                            const float* delta, float* dbias) {
-  for (int64_t r = 0; r < rows; ++r, p += stride, dp += stride) {
+  constexpr bool has_bias = !std::is_same_v<Bias, None>;
+  const Vec factor = splat(scale * kLog2E);
+  for (int64_t r = 0; r < rows; ++r, p += stride, dp += stride, bias += bias_stride) {
     const bool dead = lse[r] == -__builtin_inff();
+    const Vec shift = splat(-lse[r]);
     for (int64_t i = 0; i < n; i += kLanes) {
-      const Vec shift = bias ? load_some(bias + r * bias_stride + i, n - i) : Vec{};
-      Vec prob = exp(load(p + i) + shift - lse[r]);
-      if (dead) prob = Vec{};
+      // as in the forward pass, to the last bit: large scores would not forgive another rounding
+      Vec t = load(p + i);
+      if constexpr (has_bias)
+        t = fma(load_some(bias + i, n - i), splat(kLog2E), t * factor) + shift;
+      else
+        t = fma(t, factor, shift);
+      const Vec prob = dead ? Vec{} : exp2(t);
       const Vec ds = prob * (load(dp + i) - delta[r]);
       if (dbias) {
         float* d = dbias + r * n + i;
         store_some(d, load_some(d, n - i) + ds, n - i);
       }
       store(p + i, prob);
-      store(dp + i, ds);
+      store(dp + i, ds * scale);
     }
   }
-}
-
-// Queries as fp32 with the scale in them, as the reference scales them.
-void scaled_queries(HeadRows q, int64_t rows, int64_t D, float scale, float* y) {
-  to_float(q.data, q.type, q.stride, rows, D, y, D);
-  const int64_t n = rows * D;
-  for (int64_t i = 0; i < n; i += kLanes) store_some(y + i, load_some(y + i, n - i) * scale, n - i);
 }
 
 float dot(const float* a, const float* b, int64_t n) {
@@ -88,11 +112,12 @@ HeadRows from(HeadRows rows, int64_t begin) {
   return {(const char*)rows.data + begin * rows.stride * size, rows.type, rows.stride};
 }
 
-void multiply_all(const float* a, int64_t stride, int64_t length, int64_t rows, const float* packed,
+void multiply_all(const void* a, int64_t stride, const Depth& K, int64_t rows, const float* packed,
                   int64_t N, const Output& output) {
   Output whole = output;
   whole.few_rows = rows < 4;
-  product(Rows{a, plain_rows(stride), length}, 0, rows, packed, N, 0, panel_count(N), whole);
+  product(Rows{a, K.type, plain_rows(stride), K.length}, 0, rows, packed, N, 0, panel_count(N),
+          whole);
 }
 
 }  // namespace
@@ -106,7 +131,7 @@ int64_t query_block(int64_t Nq) {
 }
 int64_t score_stride(int64_t Nk) { return skewed(Nk); }
 int64_t packed_head_floats(const Head& h) {
-  return packed_floats(h.Nk, h.D) + packed_floats(h.Dv, h.Nk);
+  return packed_floats(h.Nk, h.key_depth()) + packed_floats(h.Dv, h.value_depth());
 }
 
 int64_t forward_scratch_floats(const Head& h) {
@@ -114,31 +139,42 @@ int64_t forward_scratch_floats(const Head& h) {
 }
 
 int64_t backward_scratch_floats(const Head& h) {
-  return packed_floats(h.Nk, h.D) + packed_floats(h.Nk, h.Dv) + packed_floats(h.D, h.Nk) +
-         packed_floats(h.D, kQueryBlock) + packed_floats(h.Dv, kQueryBlock) +
-         kQueryBlock * (2 * score_stride(h.Nk) + h.D + 2 * h.Dv + 2);
+  const auto packed = [](int64_t N, int64_t K) { return packed_floats(N, {Type::kFloat, K}); };
+  return packed(h.Nk, h.D) + packed(h.Nk, h.Dv) + packed(h.D, h.Nk) + packed(h.D, kQueryBlock) +
+         packed(h.Dv, kQueryBlock) + kQueryBlock * (2 * score_stride(h.Nk) + h.D + 2 * h.Dv + 1);
 }
 
 void pack_head(const Head& h, HeadRows k, HeadRows v, float* packed) {
-  pack(k.data, k.type, 1, k.stride, h.D, h.Nk, 0, panel_count(h.Nk), packed);
-  pack(v.data, v.type, v.stride, 1, h.Nk, h.Dv, 0, panel_count(h.Dv),
-       packed + packed_floats(h.Nk, h.D));
+  pack(k.data, k.type, 1, k.stride, h.key_depth(), h.Nk, 0, panel_count(h.Nk), packed);
+  pack(v.data, v.type, v.stride, 1, h.value_depth(), h.Dv, 0, panel_count(h.Dv),
+       packed + packed_floats(h.Nk, h.key_depth()));
 }
 
 void attention_forward(const Head& h, HeadRows q, int64_t begin, int64_t rows, const float* packed,
-                       const float* bias, int64_t bias_stride, int64_t activation, void* out,
-                       int64_t out_stride, float* lse, float* scratch) {
+                       HeadRows bias, int64_t activation, void* out, int64_t out_stride, float* lse,
+                       float* scratch) {
   const int64_t stride = score_stride(h.Nk);
   float* scores = scratch;
   float* queries = scores + kQueryBlock * stride;
   float* inverse_sum = queries + kQueryBlock * h.D;
-  scaled_queries(from(q, begin), rows, h.D, h.scale, queries);
-  plain_product(queries, h.D, rows, h.D, packed, h.Nk, scores, stride);
-  softmax_rows(scores, stride, rows, h.Nk, bias, bias_stride, lse, inverse_sum);
+  HeadRows block = from(q, begin);
+  if (q.type != h.type) {
+    to_float(block.data, q.type, q.stride, rows, h.D, queries, h.D);
+    block = {queries, Type::kFloat, h.D};
+  }
+  plain_product(block.data, block.stride, rows, h.key_depth(), packed, h.Nk, scores, stride);
+  with_element(h.type == Type::kBFloat16, [&](auto element) {
+    with_bias(bias, [&](const auto* b) {
+      softmax_rows<decltype(element)>(scores, stride, rows, h.Nk, h.scale, b, bias.stride, lse,
+                                      inverse_sum);
+    });
+  });
   Output output{out, q.type, plain_rows(out_stride)};
   output.row_scale = inverse_sum;
   output.activation = activation;
-  multiply_all(scores, stride, h.Nk, rows, packed + packed_floats(h.Nk, h.D), h.Dv, output);
+  const int64_t per_float = h.type == Type::kBFloat16 ? 2 : 1;
+  multiply_all(scores, stride * per_float, h.value_depth(), rows,
+               packed + packed_floats(h.Nk, h.key_depth()), h.Dv, output);
 }
 
 void attention_backward(const Head& h, HeadRows q, HeadRows k, HeadRows v, HeadRows dy,
@@ -151,50 +187,50 @@ void attention_backward(const Head& h, HeadRows q, HeadRows k, HeadRows v, HeadR
     return p;
   };
   const int64_t stride = score_stride(h.Nk);
-  float* k_columns = take(packed_floats(h.Nk, h.D));
-  float* v_columns = take(packed_floats(h.Nk, h.Dv));
-  float* k_rows = take(packed_floats(h.D, h.Nk));
-  float* q_packed = take(packed_floats(h.D, kQueryBlock));
-  float* dy_packed = take(packed_floats(h.Dv, kQueryBlock));
+  const Depth keys{Type::kFloat, h.Nk}, D{Type::kFloat, h.D}, Dv{Type::kFloat, h.Dv};
+  const Depth queries_depth{Type::kFloat, kQueryBlock};
+  float* k_columns = take(packed_floats(h.Nk, D));
+  float* v_columns = take(packed_floats(h.Nk, Dv));
+  float* k_rows = take(packed_floats(h.D, keys));
+  float* q_packed = take(packed_floats(h.D, queries_depth));
+  float* dy_packed = take(packed_floats(h.Dv, queries_depth));
   float* p = take(kQueryBlock * stride);
   float* dp = take(kQueryBlock * stride);
   float* queries = take(kQueryBlock * h.D);
   float* gradients = take(kQueryBlock * h.Dv);
   float* outputs = take(kQueryBlock * h.Dv);
   float* delta = take(kQueryBlock);
-  float* scales = take(kQueryBlock);
-  std::fill(scales, scales + kQueryBlock, h.scale);
 
-  pack(k.data, k.type, 1, k.stride, h.D, h.Nk, 0, panel_count(h.Nk), k_columns);
-  pack(v.data, v.type, 1, v.stride, h.Dv, h.Nk, 0, panel_count(h.Nk), v_columns);
-  pack(k.data, k.type, k.stride, 1, h.Nk, h.D, 0, panel_count(h.D), k_rows);
+  pack(k.data, k.type, 1, k.stride, D, h.Nk, 0, panel_count(h.Nk), k_columns);
+  pack(v.data, v.type, 1, v.stride, Dv, h.Nk, 0, panel_count(h.Nk), v_columns);
+  pack(k.data, k.type, k.stride, 1, keys, h.D, 0, panel_count(h.D), k_rows);
   if (h.Nq == 0) {
     std::fill(dk, dk + h.Nk * h.D, 0.0f);
     std::fill(dv, dv + h.Nk * h.Dv, 0.0f);
   }
   for (int64_t begin = 0, block = query_block(h.Nq); begin < h.Nq; begin += block) {
     const int64_t rows = std::min(block, h.Nq - begin);
-    scaled_queries(from(q, begin), rows, h.D, h.scale, queries);
+    to_float(from(q, begin).data, q.type, q.stride, rows, h.D, queries, h.D);
     to_float(from(dy, begin).data, dy.type, dy.stride, rows, h.Dv, gradients, h.Dv);
     to_float(from(out, begin).data, out.type, out.stride, rows, h.Dv, outputs, h.Dv);
     for (int64_t r = 0; r < rows; ++r)
       delta[r] = dot(gradients + r * h.Dv, outputs + r * h.Dv, h.Dv);
 
-    plain_product(queries, h.D, rows, h.D, k_columns, h.Nk, p, stride);
-    plain_product(gradients, h.Dv, rows, h.Dv, v_columns, h.Nk, dp, stride);
-    int64_t bias_stride = 0;
-    const float* bias_rows =
-        bias.rows ? bias.rows(bias.context, begin, rows, &bias_stride) : nullptr;
-    softmax_backward_rows(p, dp, stride, rows, h.Nk, bias_rows, bias_stride, lse + begin, delta,
-                          dbias ? dbias + begin * h.Nk : nullptr);
+    plain_product(queries, h.D, rows, D, k_columns, h.Nk, p, stride);
+    plain_product(gradients, h.Dv, rows, Dv, v_columns, h.Nk, dp, stride);
+    const HeadRows bias_rows = bias.rows(bias.context, begin, rows);
+    with_bias(bias_rows, [&](const auto* b) {
+      softmax_backward_rows(p, dp, stride, rows, h.Nk, h.scale, b, bias_rows.stride, lse + begin,
+                            delta, dbias ? dbias + begin * h.Nk : nullptr);
+    });
 
-    pack(queries, Type::kFloat, h.D, 1, rows, h.D, 0, panel_count(h.D), q_packed);
-    pack(gradients, Type::kFloat, h.Dv, 1, rows, h.Dv, 0, panel_count(h.Dv), dy_packed);
+    const Depth block_depth{Type::kFloat, rows};
+    pack(queries, Type::kFloat, h.D, 1, block_depth, h.D, 0, panel_count(h.D), q_packed);
+    pack(gradients, Type::kFloat, h.Dv, 1, block_depth, h.Dv, 0, panel_count(h.Dv), dy_packed);
     product_transposed(dp, stride, h.Nk, rows, q_packed, h.D, dk, h.D, begin > 0);
     product_transposed(p, stride, h.Nk, rows, dy_packed, h.Dv, dv, h.Dv, begin > 0);
-    Output output{dq + begin * h.D, Type::kFloat, plain_rows(h.D)};
-    output.row_scale = scales;
-    multiply_all(dp, stride, h.Nk, rows, k_rows, h.D, output);
+    const Output output{dq + begin * h.D, Type::kFloat, plain_rows(h.D)};
+    multiply_all(dp, stride, keys, rows, k_rows, h.D, output);
   }
 }
 

@@ -17,6 +17,10 @@ struct HeadRows {
 struct Head {
   int64_t Nq, Nk, D, Dv;
   float scale;
+  Type type;  // in which it is multiplied: q's product type
+
+  Depth key_depth() const { return {type, D}; }
+  Depth value_depth() const { return {type, Nk}; }
 };
 
 int64_t query_block(int64_t Nq);   // rows of a block
@@ -29,17 +33,16 @@ int64_t backward_scratch_floats(const Head& head);
 // head.
 void pack_head(const Head& head, HeadRows k, HeadRows v, float* packed);
 
-// Rows [begin, begin + rows) of the output and of the log-sum-exp. `bias` (rows of `bias_stride`
-// fp32 numbers, starting at row `begin`) may be null.
+// Rows [begin, begin + rows) of the output, in q's type, and of the log-sum-exp, which is in powers
+// of 2: log2 sum 2^(log2(e) score), what the backward pass wants. `bias` starts
+// at row `begin`.
 void attention_forward(const Head& head, HeadRows q, int64_t begin, int64_t rows,
-                       const float* packed, const float* bias, int64_t bias_stride,
-                       int64_t activation, void* out, int64_t out_stride, float* lse,
-                       float* scratch);
+                       const float* packed, HeadRows bias, int64_t activation, void* out,
+                       int64_t out_stride, float* lse, float* scratch);
 
-// A source of bias rows: fp32 numbers of query rows [begin, begin + rows), in rows of *stride; null
-// for no bias.
+// A source of bias rows: those of query rows [begin, begin + rows); data is null for no bias.
 struct BiasRows {
-  const float* (*rows)(const void* context, int64_t begin, int64_t rows, int64_t* stride);
+  HeadRows (*rows)(const void* context, int64_t begin, int64_t rows);
   const void* context;
 };
 

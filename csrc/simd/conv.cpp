@@ -1,6 +1,7 @@
 #include "conv.h"
 
 #include <algorithm>
+#include <type_traits>
 
 #include "vec.h"
 
@@ -8,68 +9,104 @@ namespace hybridops::simd {
 inline namespace HYBRIDOPS_SIMD {
 namespace {
 
-template <class T>
+template <class E, class T>
+HYBRIDOPS_INLINE E convert(T x) {
+  if constexpr (std::is_same_v<E, T>)
+    return x;
+  else if constexpr (std::is_same_v<E, float>)
+    return to_float(x);
+  else
+    return to_bfloat16(to_float(x));
+}
+
+// f(image's numbers, buffer), each of its own type.
+template <class F>
+void with_types(const Image& image, void* buffer, Type type, const F& f) {
+  const auto to = [&](auto* y) {
+    if (image.type == Type::kFloat) return f((const float*)image.data, y);
+    if (image.type == Type::kByte) return f((const uint8_t*)image.data, y);
+    f((const BFloat16*)image.data, y);
+  };
+  type == Type::kFloat ? to((float*)buffer) : to((BFloat16*)buffer);
+}
+
+template <class T, class E>
 void load_rows(const Image& image, int64_t top, int64_t left, int64_t Wp, int64_t begin,
-               int64_t end, float* buffer) {
-  const T* data = (const T*)image.data;
+               int64_t end, const T* data, E* buffer) {
   for (int64_t row = begin; row < end; ++row) {
-    float* to = buffer + row * Wp * image.C;
+    E* to = buffer + row * Wp * image.C;
     const int64_t h = row - top;
     if (h < 0 || h >= image.H) {
-      std::fill(to, to + Wp * image.C, 0.0f);
+      std::fill(to, to + Wp * image.C, E{});
       continue;
     }
-    std::fill(to, to + left * image.C, 0.0f);
-    std::fill(to + (left + image.W) * image.C, to + Wp * image.C, 0.0f);
+    std::fill(to, to + left * image.C, E{});
+    std::fill(to + (left + image.W) * image.C, to + Wp * image.C, E{});
     to += left * image.C;
     if (image.stride_c == 1) {  // channels lie side by side already
       for (int64_t w = 0; w < image.W; ++w, to += image.C) {
         const T* from = data + h * image.stride_h + w * image.stride_w;
-        for (int64_t c = 0; c < image.C; ++c) to[c] = to_float(from[c]);
+        for (int64_t c = 0; c < image.C; ++c) to[c] = convert<E>(from[c]);
       }
       continue;
     }
     for (int64_t c = 0; c < image.C; ++c) {
       const T* from = data + h * image.stride_h + c * image.stride_c;
       for (int64_t w = 0; w < image.W; ++w)
-        to[w * image.C + c] = to_float(from[w * image.stride_w]);
+        to[w * image.C + c] = convert<E>(from[w * image.stride_w]);
     }
   }
 }
 
-template <class T>
+template <class T, class E>
 void load_plane_rows(const Image& image, int64_t top, int64_t left, int64_t Hp, int64_t Wp,
-                     float* buffer) {
-  const T* data = (const T*)image.data;
-  std::fill(buffer, buffer + image.C * Hp * Wp, 0.0f);
+                     const T* data, E* buffer) {
+  std::fill(buffer, buffer + image.C * Hp * Wp, E{});
   for (int64_t c = 0; c < image.C; ++c)
     for (int64_t h = 0; h < image.H; ++h) {
       const T* from = data + c * image.stride_c + h * image.stride_h;
-      float* to = buffer + (c * Hp + h + top) * Wp + left;
-      for (int64_t w = 0; w < image.W; ++w) to[w] = to_float(from[w * image.stride_w]);
+      E* to = buffer + (c * Hp + h + top) * Wp + left;
+      for (int64_t w = 0; w < image.W; ++w) to[w] = convert<E>(from[w * image.stride_w]);
     }
 }
 
-HYBRIDOPS_INLINE const float* window_start(const float* buffer, const Window2d& w, int64_t pixel) {
+template <class E>
+HYBRIDOPS_INLINE const E* window_start(const E* buffer, const Window2d& w, int64_t pixel) {
   return buffer + (pixel / w.Wo * w.Wp + pixel % w.Wo) * w.stride * w.C;
+}
+
+template <class E, class T>
+void pool_row(const E* buffer, const Window2d& w, int64_t ho, T* y) {
+  for (int64_t wo = 0; wo < w.Wo; ++wo) {
+    const E* from = window_start(buffer, w, ho * w.Wo + wo);
+    for (int64_t c = 0; c < w.C; c += kLanes) {
+      const int64_t left = w.C - c;
+      Vec best = splat(-__builtin_inff());
+      for (int64_t i = 0; i < w.Kh; ++i)
+        for (int64_t j = 0; j < w.Kw; ++j) {
+          const Vec x = load_some(from + (i * w.Wp + j) * w.C + c, left);
+          best = (x > best) | (x != x) ? x : best;
+        }
+      store_some(y + (ho * w.Wo + wo) * w.C + c, best, left);
+    }
+  }
 }
 
 }  // namespace
 }  // namespace HYBRIDOPS_SIMD
 
 void load_padded(const Image& image, int64_t top, int64_t left, int64_t Wp, int64_t begin,
-                 int64_t end, float* buffer) {
-  if (image.type == Type::kFloat) return load_rows<float>(image, top, left, Wp, begin, end, buffer);
-  if (image.type == Type::kByte)
-    return load_rows<uint8_t>(image, top, left, Wp, begin, end, buffer);
-  load_rows<BFloat16>(image, top, left, Wp, begin, end, buffer);
+                 int64_t end, void* buffer, Type type) {
+  with_types(image, buffer, type, [&](const auto* from, auto* to) {
+    load_rows(image, top, left, Wp, begin, end, from, to);
+  });
 }
 
 void load_planes(const Image& image, int64_t top, int64_t left, int64_t Hp, int64_t Wp,
-                 float* buffer) {
-  if (image.type == Type::kFloat) return load_plane_rows<float>(image, top, left, Hp, Wp, buffer);
-  if (image.type == Type::kByte) return load_plane_rows<uint8_t>(image, top, left, Hp, Wp, buffer);
-  load_plane_rows<BFloat16>(image, top, left, Hp, Wp, buffer);
+                 void* buffer, Type type) {
+  with_types(image, buffer, type, [&](const auto* from, auto* to) {
+    load_plane_rows(image, top, left, Hp, Wp, from, to);
+  });
 }
 
 void gather_patches(const float* buffer, const Window2d& w, int64_t begin, int64_t rows,
@@ -95,24 +132,12 @@ void scatter_patches(const float* patches, const Window2d& w, int64_t begin, int
   }
 }
 
-void max_pool_row(const float* buffer, const Window2d& w, int64_t ho, void* y, Type type) {
-  for (int64_t wo = 0; wo < w.Wo; ++wo) {
-    const float* from = window_start(buffer, w, ho * w.Wo + wo);
-    for (int64_t c = 0; c < w.C; c += kLanes) {
-      const int64_t left = w.C - c;
-      Vec best = splat(-__builtin_inff());
-      for (int64_t i = 0; i < w.Kh; ++i)
-        for (int64_t j = 0; j < w.Kw; ++j) {
-          const Vec x = load_some(from + (i * w.Wp + j) * w.C + c, left);
-          best = (x > best) | (x != x) ? x : best;
-        }
-      const int64_t at = (ho * w.Wo + wo) * w.C + c;
-      if (type == Type::kFloat)
-        store_some((float*)y + at, best, left);
-      else
-        store_some((BFloat16*)y + at, best, left);
-    }
-  }
+void max_pool_row(const void* buffer, Type buffer_type, const Window2d& w, int64_t ho, void* y,
+                  Type type) {
+  const auto from = [&](const auto* x) {
+    type == Type::kFloat ? pool_row(x, w, ho, (float*)y) : pool_row(x, w, ho, (BFloat16*)y);
+  };
+  buffer_type == Type::kFloat ? from((const float*)buffer) : from((const BFloat16*)buffer);
 }
 
 }  // namespace hybridops::simd

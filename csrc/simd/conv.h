@@ -1,4 +1,4 @@
-// What a convolution needs around the product: images in and out of padded fp32 buffers.
+// What a convolution needs around the product: images in and out of padded buffers.
 #pragma once
 #include <cstdint>
 
@@ -13,14 +13,14 @@ struct Image {
   int64_t C, H, W, stride_c, stride_h, stride_w;
 };
 
-// Rows [begin, end) of a buffer (Hp, Wp, C) that holds the image at (top, left) and zeros around
-// it.
+// Rows [begin, end) of a buffer (Hp, Wp, C), of a product type, that holds the image at (top, left)
+// and zeros around it.
 void load_padded(const Image& image, int64_t top, int64_t left, int64_t Wp, int64_t begin,
-                 int64_t end, float* buffer);
+                 int64_t end, void* buffer, Type type);
 
 // The same as planes (C, Hp, Wp).
 void load_planes(const Image& image, int64_t top, int64_t left, int64_t Hp, int64_t Wp,
-                 float* buffer);
+                 void* buffer, Type type);
 
 struct Window2d {
   int64_t Kh, Kw, stride, C, Wp, Wo;  // of a (Hp, Wp, C) buffer
@@ -34,6 +34,7 @@ void scatter_patches(const float* patches, const Window2d& w, int64_t begin, int
                      float* buffer);
 
 // Max-pool of a (Hp, Wp, C) buffer: output row `ho`, (Wo, C) numbers in `type`. NaN wins.
-void max_pool_row(const float* buffer, const Window2d& w, int64_t ho, void* y, Type type);
+void max_pool_row(const void* buffer, Type buffer_type, const Window2d& w, int64_t ho, void* y,
+                  Type type);
 
 }  // namespace hybridops::simd

@@ -31,17 +31,27 @@ struct NextPanel {
   const char* data;
   int64_t row_begin, per_row, per_product;  // bytes for each row of a tile, and for each product
 
-  NextPanel(const float* panel, int64_t width, int64_t K, int64_t begin, int64_t end)
+  NextPanel(const float* panel, int64_t width, int64_t slots, int64_t begin, int64_t end)
       : data((const char*)panel),
         row_begin(begin),
-        per_row(width * K * 4 / (end - begin)),
+        per_row(width * slots * 4 / (end - begin)),
         per_product(width * 4 / (end - begin)) {}
   HYBRIDOPS_INLINE Ahead share(int64_t m, int rows) const {
     return {data + (m - row_begin) * per_row, rows * per_product};
   }
 };
 
-template <class T>
+// Slots that `length` numbers take.
+template <class E>
+constexpr int64_t slots(int64_t length) {
+  return (length + Element<E>::kPerSlot - 1) / Element<E>::kPerSlot;
+}
+int64_t slots(const Depth& K) {
+  return K.runs * (K.type == Type::kBFloat16 ? (K.length + 1) / 2 : K.length);
+}
+
+// E: what is multiplied; T: what is written.
+template <class E, class T>
 struct ProductTile {
   const Rows& rows;
   const float* panel;
@@ -51,23 +61,23 @@ struct ProductTile {
 
   template <int MR, int NV>
   __attribute__((noinline)) void operator()(int64_t m) const {
-    const float* a[MR];
+    const E* a[MR];
     Cursor from(rows.grid, m);
-    HYBRIDOPS_UNROLL for (int i = 0; i < MR; ++i) a[i] = rows.data + from.next();
+    HYBRIDOPS_UNROLL for (int i = 0; i < MR; ++i) a[i] = (const E*)rows.data + from.next();
 
     Ahead ahead = next.share(m, MR);
     Tile<MR, NV> tile = {};
-    Totals<MR, NV> totals(chain_length(output.few_rows));
+    Totals<MR, NV> totals(chain_length<E>(output.few_rows));
     const float* b = panel;
     for (int64_t i = 0; i < rows.count1; ++i)
       for (int64_t j = 0; j < rows.count2; ++j) {
         int64_t offset = i * rows.stride1 + j * rows.stride2;
         for (int64_t left = rows.length; left > 0;) {
           const int64_t length = totals.room(tile, left);
-          const float* run[MR];
+          const E* run[MR];
           HYBRIDOPS_UNROLL for (int r = 0; r < MR; ++r) run[r] = a[r] + offset;
-          multiply<MR, NV>(tile, run, b, length, &ahead);
-          b += length * NV * kLanes;
+          multiply<E, MR, NV>(tile, run, b, length, &ahead);
+          b += slots<E>(length) * NV * kLanes;
           offset += length;
           left -= length;
         }
@@ -110,26 +120,28 @@ struct ProductTile {
 };
 
 // With K of 16 to 64 a tile is done in 100 to 400 cycles: here it carries nothing but the product.
+template <class E>
 struct PlainTile {
-  const float* a;
+  const E* a;
   int64_t stride_a, K;
+  bool few_rows;
   const float* panel;
   float* c;
   int64_t stride_c;
 
   template <int MR, int NV>
   HYBRIDOPS_INLINE void operator()(int64_t m) const {
-    const float* row[MR];
+    const E* row[MR];
     HYBRIDOPS_UNROLL for (int i = 0; i < MR; ++i) row[i] = a + (m + i) * stride_a;
     Tile<MR, NV> tile = {};
-    Totals<MR, NV> totals(chain_length(MR < 4));
+    Totals<MR, NV> totals(chain_length<E>(few_rows));
     const float* b = panel;
     for (int64_t k = 0; k < K;) {
       const int64_t length = totals.room(tile, K - k);
-      const float* run[MR];
+      const E* run[MR];
       HYBRIDOPS_UNROLL for (int i = 0; i < MR; ++i) run[i] = row[i] + k;
-      multiply<MR, NV>(tile, run, b, length);
-      b += length * NV * kLanes;
+      multiply<E, MR, NV>(tile, run, b, length);
+      b += slots<E>(length) * NV * kLanes;
       k += length;
     }
     totals.collect(tile);
@@ -189,6 +201,38 @@ void pack_panel(const T* source, int64_t stride_k, int64_t stride_n, int64_t K, 
   }
 }
 
+// Two vectors of bf16 numbers, interleaved: one vector of slots.
+HYBRIDOPS_INLINE Vec pairs(const BFloat16* even, const BFloat16* odd, int64_t n) {
+  const VecInt low = ((VecInt)load_some(even, n) >> 16) & 0xffff;
+  return (Vec)(odd ? low | (VecInt)load_some(odd, n) : low);
+}
+
+// A panel of bf16 slots.
+void pack_pairs(const BFloat16* source, int64_t stride_k, int64_t stride_n, const Depth& K,
+                int64_t columns, int64_t width, float* panel) {
+  if (stride_k == 1 && stride_n % 2 == 0 && K.length % 2 == 0)  // slots lie in the source already
+    return pack_panel((const float*)source, 1, stride_n / 2, K.runs * K.length / 2, columns, width,
+                      panel);
+  for (int64_t run = 0; run < K.runs; ++run, source += K.length * stride_k)
+    for (int64_t k = 0; k < K.length; k += 2, panel += width) {
+      const BFloat16* even = source + k * stride_k;
+      const BFloat16* odd = k + 1 < K.length ? even + stride_k : nullptr;
+      for (int64_t n = 0; n < width; n += kLanes) {
+        const int64_t left = columns - n;
+        if (stride_n == 1 || left <= 0) {
+          store(panel + n, left > 0 ? pairs(even + n, odd ? odd + n : nullptr, left) : Vec{});
+          continue;
+        }
+        BFloat16 a[kLanes] = {}, b[kLanes] = {};
+        for (int64_t i = 0; i < kLanes && i < left; ++i) {
+          a[i] = even[(n + i) * stride_n];
+          if (odd) b[i] = odd[(n + i) * stride_n];
+        }
+        store(panel + n, pairs(a, b, kLanes));
+      }
+    }
+}
+
 // Sum over a row of f(value, i), in four chains so that the additions overlap.
 template <class T, class F>
 HYBRIDOPS_INLINE float sum_row(const T* x, int64_t n, const F& f) {
@@ -206,9 +250,9 @@ HYBRIDOPS_INLINE float sum_row(const T* x, int64_t n, const F& f) {
   return all;
 }
 
-template <class T>
+template <class T, class Y>
 void layer_norm_rows(const T* x, int64_t stride_x, int64_t rows, int64_t n, const float* weight,
-                     const float* bias, float eps, float* y, int64_t stride_y) {
+                     const float* bias, float eps, Y* y, int64_t stride_y) {
   for (int64_t r = 0; r < rows; ++r, x += stride_x, y += stride_y) {
     const float mean = sum_row(x, n, [](Vec v) { return v; }) / (float)n;
     const float variance =
@@ -229,23 +273,30 @@ void layer_norm_rows(const T* x, int64_t stride_x, int64_t rows, int64_t n, cons
 }  // namespace
 }  // namespace HYBRIDOPS_SIMD
 
+Type product_type(Type x) {
+  return x == Type::kBFloat16 && kBf16Products ? Type::kBFloat16 : Type::kFloat;
+}
 int64_t panel_count(int64_t N) { return Panels(N).count; }
-int64_t packed_floats(int64_t N, int64_t K) { return Panels(N).vectors * kLanes * K; }
+int64_t padded_columns(int64_t N) { return Panels(N).vectors * kLanes; }
+int64_t packed_floats(int64_t N, const Depth& K) { return padded_columns(N) * slots(K); }
 int64_t row_tile() { return kRows<kPanel>; }
 
-void pack(const void* source, Type type, int64_t stride_k, int64_t stride_n, int64_t K, int64_t N,
-          int64_t panel_begin, int64_t panel_end, float* packed) {
+void pack(const void* source, Type type, int64_t stride_k, int64_t stride_n, const Depth& K,
+          int64_t N, int64_t panel_begin, int64_t panel_end, float* packed) {
   const Panels panels(N);
   for (int64_t p = panel_begin; p < panel_end; ++p) {
     const int64_t first = panels.offset(p) * kLanes, width = panels.width(p) * kLanes;
     const int64_t columns = N - first < width ? N - first : width;
-    float* panel = packed + first * K;
-    if (type == Type::kFloat)
-      pack_panel((const float*)source + first * stride_n, stride_k, stride_n, K, columns, width,
+    float* panel = packed + first * slots(K);
+    if (K.type == Type::kBFloat16)
+      pack_pairs((const BFloat16*)source + first * stride_n, stride_k, stride_n, K, columns, width,
                  panel);
+    else if (type == Type::kFloat)
+      pack_panel((const float*)source + first * stride_n, stride_k, stride_n, K.length * K.runs,
+                 columns, width, panel);
     else
-      pack_panel((const BFloat16*)source + first * stride_n, stride_k, stride_n, K, columns, width,
-                 panel);
+      pack_panel((const BFloat16*)source + first * stride_n, stride_k, stride_n, K.length * K.runs,
+                 columns, width, panel);
   }
 }
 
@@ -253,27 +304,34 @@ void product(const Rows& rows, int64_t row_begin, int64_t row_end, const float* 
              int64_t panel_begin, int64_t panel_end, const Output& output) {
   if (row_begin == row_end) return;
   const Panels panels(N);
-  const int64_t K = rows.count1 * rows.count2 * rows.length;
+  const int64_t K = slots(Depth{rows.type, rows.length, rows.count1 * rows.count2});
   for (int64_t p = panel_begin; p < panel_end; ++p) {
     const int64_t first = panels.offset(p) * kLanes, next = panels.offset(p + 1) * kLanes;
     const int64_t next_width = p + 1 < panel_end ? panels.width(p + 1) * kLanes : 0;
     const NextPanel ahead(packed + next * K, next_width, K, row_begin, row_end);
-    if (output.type == Type::kFloat)
-      for_tiles(panels.width(p), row_begin, row_end,
-                ProductTile<float>{rows, packed + first * K, first, N, output, ahead});
-    else
-      for_tiles(panels.width(p), row_begin, row_end,
-                ProductTile<BFloat16>{rows, packed + first * K, first, N, output, ahead});
+    with_element(rows.type == Type::kBFloat16, [&](auto element) {
+      using E = decltype(element);
+      if (output.type == Type::kFloat)
+        for_tiles(panels.width(p), row_begin, row_end,
+                  ProductTile<E, float>{rows, packed + first * K, first, N, output, ahead});
+      else
+        for_tiles(panels.width(p), row_begin, row_end,
+                  ProductTile<E, BFloat16>{rows, packed + first * K, first, N, output, ahead});
+    });
   }
 }
 
-void plain_product(const float* a, int64_t stride_a, int64_t M, int64_t K, const float* packed,
+void plain_product(const void* a, int64_t stride_a, int64_t M, const Depth& K, const float* packed,
                    int64_t N, float* c, int64_t stride_c) {
   const Panels panels(N);
   for (int64_t p = 0; p < panels.count; ++p) {
     const int64_t first = panels.offset(p) * kLanes;
-    for_tiles(panels.width(p), 0, M,
-              PlainTile{a, stride_a, K, packed + first * K, c + first, stride_c});
+    with_element(K.type == Type::kBFloat16, [&](auto element) {
+      using E = decltype(element);
+      for_tiles(panels.width(p), 0, M,
+                PlainTile<E>{(const E*)a, stride_a, K.length, M < 4, packed + first * slots(K),
+                             c + first, stride_c});
+    });
   }
 }
 
@@ -311,11 +369,15 @@ void from_float(const float* x, int64_t stride_x, int64_t rows, int64_t n, void*
 }
 
 void layer_norm(const void* x, Type type, int64_t stride_x, int64_t rows, int64_t n,
-                const float* weight, const float* bias, float eps, float* y, int64_t stride_y) {
-  if (type == Type::kFloat)
-    layer_norm_rows((const float*)x, stride_x, rows, n, weight, bias, eps, y, stride_y);
-  else
-    layer_norm_rows((const BFloat16*)x, stride_x, rows, n, weight, bias, eps, y, stride_y);
+                const float* weight, const float* bias, float eps, void* y, Type type_y,
+                int64_t stride_y) {
+  const auto run = [&](const auto* from, auto* to) {
+    layer_norm_rows(from, stride_x, rows, n, weight, bias, eps, to, stride_y);
+  };
+  const auto run_to = [&](auto* to) {
+    type == Type::kFloat ? run((const float*)x, to) : run((const BFloat16*)x, to);
+  };
+  type_y == Type::kFloat ? run_to((float*)y) : run_to((BFloat16*)y);
 }
 
 void add_rows(const float* x, int64_t stride_x, int64_t rows, int64_t n, float* y) {

@@ -9,6 +9,17 @@ namespace hybridops::simd {
 
 enum class Type : int64_t { kFloat, kBFloat16, kByte };
 
+// The type in which numbers of type `x` are multiplied here: bf16 where the ISA multiplies it, else
+// fp32. Left-hand sides and scratch are in it; sums are fp32 always.
+Type product_type(Type x);
+
+// K of a product: `runs` runs of `length` numbers of a product type. A bf16 run of odd length is
+// padded in the panels, so that no slot of two numbers straddles runs.
+struct Depth {
+  Type type;
+  int64_t length, runs = 1;
+};
+
 // Row m lies (m / inner) * outer_stride + (m % inner) * inner_stride elements behind the start.
 struct Grid {
   int64_t inner, outer_stride, inner_stride;
@@ -16,10 +27,11 @@ struct Grid {
 inline Grid plain_rows(int64_t stride) { return {INT64_MAX, 0, stride}; }
 
 // The left-hand side: K = count1 * count2 * length numbers per row, in runs of `length` that lie
-// side by side. A row of tokens is one run; a convolution's patch is one run per kernel row (and
-// per plane, in planar images).
+// side by side, of a product type. A row of tokens is one run; a convolution's patch is one run per
+// kernel row (and per plane, in planar images).
 struct Rows {
-  const float* data;
+  const void* data;
+  Type type;
   Grid grid;
   int64_t length;
   int64_t count1 = 1, stride1 = 0;
@@ -43,20 +55,21 @@ struct Output {
 // The right-hand side (K, N) in panels: groups of columns that a register tile covers, K rows each,
 // padded with zeros.
 int64_t panel_count(int64_t N);
-int64_t packed_floats(int64_t N, int64_t K);
-int64_t row_tile();  // rows a register tile covers: blocks of rows in multiples of it waste nothing
+int64_t packed_floats(int64_t N, const Depth& K);
+int64_t row_tile();  // rows a register tile covers
 
-// Element (k, n) of the source lies at k * stride_k + n * stride_n.
-void pack(const void* source, Type type, int64_t stride_k, int64_t stride_n, int64_t K, int64_t N,
-          int64_t panel_begin, int64_t panel_end, float* packed);
+// Element (k, n) of the source, of type `type` or of K's, lies at k * stride_k + n * stride_n.
+void pack(const void* source, Type type, int64_t stride_k, int64_t stride_n, const Depth& K,
+          int64_t N, int64_t panel_begin, int64_t panel_end, float* packed);
 
 void product(const Rows& rows, int64_t row_begin, int64_t row_end, const float* packed, int64_t N,
              int64_t panel_begin, int64_t panel_end, const Output& output);
 
-// The bare product for scores: c (M, N) = a (M, K) * packed, both in rows of fp32. Writes whole
-// vectors: rows of c need room for packed_floats(N, 1) numbers.
-void plain_product(const float* a, int64_t stride_a, int64_t M, int64_t K, const float* packed,
+// The bare product for scores: c (M, N) = a (M, K) * packed, a in rows of K's type, c of fp32.
+// Writes whole vectors: rows of c need room for padded_columns(N) numbers.
+void plain_product(const void* a, int64_t stride_a, int64_t M, const Depth& K, const float* packed,
                    int64_t N, float* c, int64_t stride_c);
+int64_t padded_columns(int64_t N);
 
 // c (M, N) = or += a.T * packed, with a (K, M) in rows of `stride_a` numbers and c in rows of
 // `stride_c`.
@@ -69,9 +82,10 @@ void to_float(const void* x, Type type, int64_t stride_x, int64_t rows, int64_t 
 void from_float(const float* x, int64_t stride_x, int64_t rows, int64_t n, void* y, Type type,
                 int64_t stride_y);
 
-// LayerNorm over rows of n numbers, in fp32. bias may be null.
+// LayerNorm over rows of n numbers, computed in fp32. bias may be null.
 void layer_norm(const void* x, Type type, int64_t stride_x, int64_t rows, int64_t n,
-                const float* weight, const float* bias, float eps, float* y, int64_t stride_y);
+                const float* weight, const float* bias, float eps, void* y, Type type_y,
+                int64_t stride_y);
 
 // y[n] += sum over rows of x[row][n]
 void add_rows(const float* x, int64_t stride_x, int64_t rows, int64_t n, float* y);

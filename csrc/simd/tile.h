@@ -32,32 +32,85 @@ struct Panels {
 template <int MR, int NV>
 using Tile = Vec[MR][NV];
 
-// Memory that will be needed soon, `stride` bytes of it with every product: comes into L2 while the
-// arithmetic goes on. In one burst the same prefetches would stall it.
+// Memory that will be needed soon, `stride` bytes of it with every step of K: comes into L2 while
+// the arithmetic goes on. In one burst the same prefetches would stall it.
 struct Ahead {
   const char* next = nullptr;
   int64_t stride = 0;
+
+  template <int NV>  // few rows: up to a row of the panel, NV lines, with every step
+  HYBRIDOPS_INLINE void fetch() {
+    _mm_prefetch(next, _MM_HINT_T1);
+    if (stride > 64)
+      HYBRIDOPS_UNROLL for (int v = 1; v < NV; ++v) _mm_prefetch(next + 64 * v, _MM_HINT_T1);
+    next += stride;
+  }
 };
 
-// tile += a[0..MR)[0..length) * b, b in rows of NV vectors. The loop is left to gcc to unroll,
-// late: unrolled by hand, it loads each vector of b again for every row.
-template <int MR, int NV>
-HYBRIDOPS_INLINE void multiply(Tile<MR, NV>& tile, const float* const (&a)[MR], const float* b,
+// How a kind of numbers is multiplied. A slot of a panel is 32 bits: one fp32 number, or two bf16
+// numbers that follow one another in K.
+template <class E>
+struct Element;
+
+template <>
+struct Element<float> {
+  static constexpr int64_t kPerSlot = 1;
+  using Slots = Vec;
+  static HYBRIDOPS_INLINE Slots left(const float* a) { return splat(*a); }
+  static HYBRIDOPS_INLINE Slots right(const float* b) { return load(b); }
+  static HYBRIDOPS_INLINE Vec add(Slots a, Slots b, Vec sum) { return fma(a, b, sum); }
+};
+
+#if HYBRIDOPS_LANES == 16
+template <>
+struct Element<BFloat16> {
+  static constexpr int64_t kPerSlot = 2;
+  using Slots = VecInt;
+  static HYBRIDOPS_INLINE Slots left(const BFloat16* a) {
+    float pair;
+    std::memcpy(&pair, a, sizeof pair);
+    return (VecInt)splat(pair);
+  }
+  static HYBRIDOPS_INLINE Slots half(const BFloat16* a) { return VecInt{} + (int32_t)*a; }
+  static HYBRIDOPS_INLINE Slots right(const float* b) { return (VecInt)load(b); }
+  static HYBRIDOPS_INLINE Vec add(Slots a, Slots b, Vec sum) { return dot(a, b, sum); }
+};
+#endif
+
+// f(float{}), or f(BFloat16{}) where the ISA multiplies bf16.
+template <class F>
+HYBRIDOPS_INLINE void with_element(bool bf16, const F& f) {
+  if constexpr (kBf16Products)
+    if (bf16) return f(BFloat16{});
+  f(float{});
+}
+
+// tile += a[0..MR)[0..length) * b, b in rows of NV vectors of slots. The loop is left to gcc to
+// unroll, late: unrolled by hand, it loads each vector of b again for every row.
+template <class E, int MR, int NV>
+HYBRIDOPS_INLINE void multiply(Tile<MR, NV>& tile, const E* const (&a)[MR], const float* b,
                                int64_t length, Ahead* ahead = nullptr) {
-  const char* next = ahead ? ahead->next : nullptr;
-  _Pragma("GCC unroll 4") for (int64_t k = 0; k < length; ++k, b += NV * kLanes) {
-    if (ahead) {
-      _mm_prefetch(next, _MM_HINT_T1);
-      next += ahead->stride;
-    }
-    Vec right[NV];
-    HYBRIDOPS_UNROLL for (int v = 0; v < NV; ++v) right[v] = load(b + v * kLanes);
+  using X = Element<E>;
+  Ahead fetching = ahead ? *ahead : Ahead{};
+  const int64_t slots = length / X::kPerSlot;
+  _Pragma("GCC unroll 4") for (int64_t k = 0; k < slots; ++k, b += NV * kLanes) {
+    if (ahead) fetching.template fetch<NV>();
+    typename X::Slots right[NV];
+    HYBRIDOPS_UNROLL for (int v = 0; v < NV; ++v) right[v] = X::right(b + v * kLanes);
     HYBRIDOPS_UNROLL for (int m = 0; m < MR; ++m) {
-      const Vec left = splat(a[m][k]);
-      HYBRIDOPS_UNROLL for (int v = 0; v < NV; ++v) tile[m][v] = fma(left, right[v], tile[m][v]);
+      const auto left = X::left(a[m] + k * X::kPerSlot);
+      HYBRIDOPS_UNROLL for (int v = 0; v < NV; ++v) tile[m][v] = X::add(left, right[v], tile[m][v]);
     }
   }
-  if (ahead) ahead->next = next;
+  if constexpr (X::kPerSlot == 2)
+    if (length % 2) {  // what lies behind the last number is not read: it may be NaN
+      HYBRIDOPS_UNROLL for (int m = 0; m < MR; ++m) {
+        const auto left = X::half(a[m] + length - 1);
+        HYBRIDOPS_UNROLL for (int v = 0; v < NV; ++v) tile[m][v] =
+            X::add(left, X::right(b + v * kLanes), tile[m][v]);
+      }
+    }
+  if (ahead) ahead->next = fetching.next;
 }
 
 // The same with a given transposed: a[k * stride + m]
@@ -78,7 +131,11 @@ HYBRIDOPS_INLINE void multiply_transposed(Tile<MR, NV>& tile, const float* a, in
 // from zero, so that rounding errors grow with sqrt(run) instead of sqrt(K). Costs 2 % at 128;
 // torch's own products do no worse, but its matrix-vector products sum in many short chains. What a
 // whole product takes must not depend on a tile's rows: those follow from the number of threads.
-constexpr int64_t chain_length(bool few_rows) { return few_rows ? 32 : 128; }
+// bf16 numbers need no such care: their own rounding is 2^15 times larger than a sum's.
+template <class E>
+constexpr int64_t chain_length(bool few_rows) {
+  return Element<E>::kPerSlot == 2 ? INT64_MAX / 2 : few_rows ? 32 : 128;
+}
 
 template <int MR, int NV>
 class Totals {
@@ -114,31 +171,36 @@ class Totals {
   bool moved_ = false;
 };
 
+// `count` tiles of `height` rows from row m on.
+template <int NV, class F>
+HYBRIDOPS_INLINE void for_equal(int64_t height, int64_t count, int64_t m, const F& f) {
+#define HYBRIDOPS_HEIGHT(H)                                             \
+  case H:                                                               \
+    for (; count > 0; --count, m += H) f.template operator()<H, NV>(m); \
+    return
+  switch (height) {
+    HYBRIDOPS_HEIGHT(1);
+    HYBRIDOPS_HEIGHT(2);
+    HYBRIDOPS_HEIGHT(3);
+    HYBRIDOPS_HEIGHT(4);
+    HYBRIDOPS_HEIGHT(5);
+    HYBRIDOPS_HEIGHT(6);
+    HYBRIDOPS_HEIGHT(7);
+    HYBRIDOPS_HEIGHT(8);
+  }
+#undef HYBRIDOPS_HEIGHT
+}
+
 // Calls f.template operator()<MR, NV>(m) over rows [begin, end) in tiles of a panel that is `width`
-// vectors wide.
+// vectors wide. All tiles are equally high, give or take a row: 98 rows cost 13 tiles of 7 and 8,
+// not 12 of 8 and a slow one of 2.
 template <int NV, class F>
 HYBRIDOPS_INLINE void for_rows(int64_t begin, int64_t end, const F& f) {
-  constexpr int MR = kRows<NV>;
-  int64_t m = begin;
-  for (; m + MR <= end; m += MR) f.template operator()<MR, NV>(m);
-  switch (end - m) {
-    case 1:
-      return f.template operator()<1, NV>(m);
-    case 2:
-      return f.template operator()<2, NV>(m);
-    case 3:
-      return f.template operator()<3, NV>(m);
-    case 4:
-      return f.template operator()<4, NV>(m);
-    case 5:
-      return f.template operator()<5, NV>(m);
-    case 6:
-      return f.template operator()<6, NV>(m);
-    case 7:
-      return f.template operator()<7, NV>(m);
-    default:
-      return;
-  }
+  const int64_t rows = end - begin, tiles = (rows + kRows<NV> - 1) / kRows<NV>;
+  if (tiles == 0) return;
+  const int64_t height = rows / tiles, taller = rows % tiles;
+  for_equal<NV>(height + 1, taller, begin, f);
+  for_equal<NV>(height, tiles - taller, begin + taller * (height + 1), f);
 }
 template <class F>
 HYBRIDOPS_INLINE void for_tiles(int width, int64_t begin, int64_t end, const F& f) {

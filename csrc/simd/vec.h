@@ -133,6 +133,20 @@ HYBRIDOPS_INLINE void store(BFloat16* p, Vec x) {
 
 #endif
 
+// bf16 products, where the ISA has them: a slot is two neighbouring numbers of K in 32 bits, and
+// dot() adds both products of every slot to the fp32 sum in its lane.
+constexpr bool kBf16Products = kLanes == 16;
+#if defined(HYBRIDOPS_ISA_AVX512) && !defined(HYBRIDOPS_EMULATE)
+HYBRIDOPS_INLINE Vec dot(VecInt a, VecInt b, Vec sum) {
+  return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+}
+#elif defined(HYBRIDOPS_ISA_AVX512)
+HYBRIDOPS_INLINE Vec dot(VecInt a, VecInt b, Vec sum) {
+  const VecInt high = VecInt{} + (int32_t)0xffff0000;
+  return fma((Vec)(a << 16), (Vec)(b << 16), fma((Vec)(a & high), (Vec)(b & high), sum));
+}
+#endif
+
 // bf16 tails go through a small buffer: there are no 16-bit masked moves on AVX2.
 HYBRIDOPS_INLINE Vec load(const BFloat16* p, int n) {
   BFloat16 buffer[kLanes] = {};
@@ -167,8 +181,24 @@ HYBRIDOPS_INLINE float to_float(BFloat16 x) {
   return y;
 }
 
+HYBRIDOPS_INLINE BFloat16 to_bfloat16(float x) {  // to nearest even; NaN stays a quiet NaN
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return (BFloat16)((x != x ? bits | 0x400000 : bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
 HYBRIDOPS_INLINE Vec max(Vec a, Vec b) { return a > b ? a : b; }
 HYBRIDOPS_INLINE Vec min(Vec a, Vec b) { return a < b ? a : b; }
+
+// The first n lanes of x, `other` in the rest.
+HYBRIDOPS_INLINE Vec keep(Vec x, int64_t n, float other) {
+#if HYBRIDOPS_LANES == 16
+  const VecInt lane{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+#else
+  const VecInt lane{0, 1, 2, 3, 4, 5, 6, 7};
+#endif
+  return lane < (int32_t)n ? x : splat(other);
+}
 
 // Sum and maximum over the lanes: halves folded onto each other.
 HYBRIDOPS_INLINE float sum8(__m256 x) {
@@ -234,6 +264,44 @@ HYBRIDOPS_INLINE Vec exp(Vec x) {
   Vec y = (Vec)((VecInt)p + ((VecInt)shifted << 23));
   y = x < -87.33654f ? Vec{} : y;
   return x > 88.37626f ? splat(__builtin_inff()) : y;
+}
+
+// 2^x for x <= 127, relative error 1.6e-7: degree-5 minimax fit of our own on [-0.5, 0.5]. 0 below
+// -126, NaN stays NaN. A third cheaper than exp, which has to split ln 2 and to saturate.
+HYBRIDOPS_INLINE Vec exp2(Vec x) {
+  x = max(splat(-150.0f), x);  // so that -inf has a fraction
+#if defined(HYBRIDOPS_ISA_AVX512) && !defined(HYBRIDOPS_EMULATE)
+  const Vec n = (Vec)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+  const Vec shifted = x + 12582912.0f;  // as in exp
+  const Vec n = shifted - 12582912.0f;
+#endif
+  const Vec r = x - n;
+  Vec p = splat(1.32647265e-3f);
+  p = fma(p, r, splat(9.67151283e-3f));
+  p = fma(p, r, splat(5.550733747e-2f));
+  p = fma(p, r, splat(2.402224208e-1f));
+  p = fma(p, r, splat(6.931469776e-1f));
+  p = fma(p, r, splat(1.0f));
+#if defined(HYBRIDOPS_ISA_AVX512) && !defined(HYBRIDOPS_EMULATE)
+  return (Vec)_mm512_scalef_ps((__m512)p, (__m512)n);
+#else
+  const Vec y = (Vec)((VecInt)p + ((VecInt)shifted << 23));
+  return x < -126.0f ? Vec{} : y;
+#endif
+}
+
+// 1 / x for normal x, relative error 1e-7: a table look-up and one step of Newton's method.
+HYBRIDOPS_INLINE Vec reciprocal(Vec x) {
+#if defined(HYBRIDOPS_ISA_AVX512) && !defined(HYBRIDOPS_EMULATE)
+  const Vec y = (Vec)_mm512_rcp14_ps((__m512)x);
+#elif defined(HYBRIDOPS_ISA_AVX2)
+  const Vec y = (Vec)_mm256_rcp_ps((__m256)x);
+#else
+  const Halves h{x};
+  const Vec y = join(_mm256_rcp_ps(h.half[0]), _mm256_rcp_ps(h.half[1]));
+#endif
+  return fma(y, fma(-x, y, splat(1.0f)), y);
 }
 
 }  // namespace HYBRIDOPS_SIMD

@@ -11,6 +11,7 @@ image (B, C, H, W) are the same bytes.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import NamedTuple
 
 import torch
@@ -19,7 +20,9 @@ from torch import Tensor
 
 from .. import backend
 from ._contract import (
+    CODES,
     LARGEST_PADDING,
+    REFUSALS,
     activate,
     activation_backward,
     activation_code,
@@ -229,6 +232,31 @@ def as_image(tokens, size):
     return tokens.unflatten(1, size).permute(0, 3, 1, 2)
 
 
+def _at_once(image, layers, pool, layout):
+    """The kernel without the door's checks, for layers that are plain; raises for any other."""
+    size, sides, biases = image.shape[2:], [], []
+    for weight, bias, stride, padding, _, _, group_norm, affine in layers:
+        if type(padding) is not int or bias is None or group_norm or affine:
+            raise ValueError("not plain")
+        _, _, *kernel = weight.shape
+        sides += (padding,) * 4
+        size = [(n + 2 * padding - k) // stride + 1 for n, k in zip(size, kernel, strict=True)]
+    if pool is not None or min(size) < 1:
+        raise ValueError("not plain")
+    with backend.below_autograd():
+        tokens = _forward(
+            image,
+            [layer.weight for layer in layers],
+            [layer.bias for layer in layers],
+            [layer.packed for layer in layers],
+            [layer.stride for layer in layers],
+            sides,
+            [CODES[layer.activation] for layer in layers],
+            [],
+        )
+    return tokens if layout == "tokens" else as_image(tokens, size)
+
+
 # door
 def conv_stem(
     image: Tensor,
@@ -248,6 +276,9 @@ def conv_stem(
     """
     if layout not in ("tokens", "image"):
         raise ValueError(f"conv_stem: layout must be 'tokens' or 'image', got {layout!r}")
+    if backend.runs_at_once(image):
+        with suppress(*REFUSALS):
+            return _at_once(image, layers, pool, layout)
     if not isinstance(layers, (tuple, list)) or not all(isinstance(x, ConvLayer) for x in layers):
         raise TypeError("conv_stem: layers must be a list of ConvLayer")
     if not layers:
@@ -313,7 +344,7 @@ def conv_stem(
 def pack_conv(weight: Tensor) -> Tensor | None:
     """weight (Co, Ci, Kh, Kw) in the CPU kernel's panel order; None if no library serves it."""
     check_tensor("pack_conv", "weight", weight, 4)
-    return pack_linear(weight.permute(0, 2, 3, 1).flatten(1))
+    return pack_linear(weight.permute(0, 2, 3, 1).flatten(1), runs=max(weight.shape[2], 1))
 
 
 def _autocast_layer(layer):

@@ -49,7 +49,7 @@ ARGS = (
 )
 library.define(f"linear({ARGS}) -> Tensor")
 library.define("linear_backward(Tensor dy, Tensor x, Tensor weight) -> (Tensor, Tensor, Tensor)")
-library.define("pack_linear(Tensor weight) -> Tensor")
+library.define("pack_linear(Tensor weight, int runs) -> Tensor")
 
 
 @torch.library.register_fake("hybridops::linear", lib=library)
@@ -173,13 +173,14 @@ def linear(
     return _forward(x, weight, bias, packed, norm_weight, norm_bias, eps, residual, code)
 
 
-def pack_linear(weight: Tensor) -> Tensor | None:
+def pack_linear(weight: Tensor, runs: int = 1) -> Tensor | None:
     """weight (N, K) in the panel order of the loaded CPU library; None if none serves it.
 
     Pass it to `linear(packed=...)` beside the weight itself; make it again whenever the weight
-    changes.
+    changes. Its bits mean something to that library only. runs: of equal length, into which K
+    falls where the left-hand side is read in place (a convolution's kernel rows).
     """
     check_tensor("pack_linear", "weight", weight, 2)
     if backend.ISA is None or weight.device.type != "cpu" or weight.dtype not in backend.CPU_DTYPES:
         return None
-    return torch.ops.hybridops.pack_linear(weight.detach())
+    return torch.ops.hybridops.pack_linear(weight.detach(), runs)

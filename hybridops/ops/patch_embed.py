@@ -244,4 +244,6 @@ def is_planar(weight):
 def pack_patch(weight: Tensor) -> Tensor | None:
     """weight (C, Ci, Kh, Kw) in the CPU kernel's panel order; None if no library serves it."""
     check_tensor("pack_patch", "weight", weight, 4)
-    return pack_linear(weight.flatten(1)) if is_planar(weight) else pack_conv(weight)
+    if is_planar(weight):
+        return pack_linear(weight.flatten(1), runs=max(weight.shape[1] * weight.shape[2], 1))
+    return pack_conv(weight)
