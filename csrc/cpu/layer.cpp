@@ -11,6 +11,7 @@ using simd::Type;
 LinearWeights weights_of(Scratch& scratch, const Tensor& weight, const std::optional<Tensor>& bias,
                          const std::optional<Tensor>& packed, int64_t K, Type type) {
   LinearWeights w{panels_of(scratch, weight, packed), weight.size(0)};
+  w.K = K;
   STD_TORCH_CHECK(weight.size(1) == K && type_of(weight) == type, "layer: x and weight do not fit");
   w.bias = vector_of(scratch, bias, w.N, type);
   return w;
@@ -45,6 +46,7 @@ Tensor mlp_layer(Tensor x, std::optional<Tensor> norm_weight, std::optional<Tens
   LinearWeights up = weights_of(scratch, weight1, bias1, packed1, rows.n, rows.type);
   set_norm(scratch, up, norm_weight, norm_bias, eps, rows.n, rows.type);
   const LinearWeights down = weights_of(scratch, weight2, bias2, packed2, up.N, rows.type);
+  up.then = &down;
   std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
   sizes.back() = down.N;
   Tensor y = empty(sizes, x.scalar_type());
@@ -70,6 +72,7 @@ Tensor attention_layer(Tensor x, std::optional<Tensor> norm_weight, std::optiona
   const int64_t Dv = qkv.N / H - 2 * D;
   const LinearWeights out =
       weights_of(scratch, weight_out, bias_out, packed_out, H * Dv, rows.type);
+  qkv.then = &out;
   Tensor y = empty({B, N, out.N}, x.scalar_type());
   if (y.numel() == 0) return y;
 

@@ -190,9 +190,17 @@ const float* panels_of(Scratch& scratch, const Tensor& weight,
 void linear_part(const RowView& x, const LinearWeights& weights, const Output& output, int64_t row,
                  int64_t row_end, int64_t panel, int64_t panel_end) {
   const int64_t K = x.n, N = weights.N;
+  const Type type = product_type(x.type);
   Output part = output;
   part.bias = weights.bias;
-  const Type type = product_type(x.type);
+  if (const LinearWeights* then = weights.then) {  // where this thread's part of it begins
+    const Depth K{type, then->K};
+    const int64_t panels = simd::panel_count(then->N);
+    const int64_t first = panel * panels / std::max<int64_t>(simd::panel_count(N), 1);
+    part.then = then->packed + simd::panel_offset(then->N, K, first);
+    part.then_floats =
+        simd::panel_offset(then->N, K, first + 1) - simd::panel_offset(then->N, K, first);
+  }
   if (x.type == type && !weights.norm_weight)
     return simd::product(Rows{x.data, type, plain_rows(x.stride), K}, row, row_end, weights.packed,
                          N, panel, panel_end, part);

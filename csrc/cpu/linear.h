@@ -28,6 +28,8 @@ struct LinearWeights {
   const float* bias = nullptr;
   const float *norm_weight = nullptr, *norm_bias = nullptr;
   float eps = 0.0f;
+  const LinearWeights* then = nullptr;  // those of the next product, to be fetched ahead
+  int64_t K = 0;                        // needed of `then` alone
 
   void check_norm() const {
     STD_TORCH_CHECK(norm_weight ? std::isfinite(eps) && eps >= 0 : !norm_bias,

@@ -1,5 +1,6 @@
 #include "product.h"
 
+#include <algorithm>
 #include <cmath>
 #include <type_traits>
 
@@ -25,19 +26,15 @@ struct Cursor {
   }
 };
 
-// The next panel, for the tiles of this one to fetch, each its share. At batch 1 the weights of a
-// whole model come from L3 or DRAM, where the first tile of every panel would wait for them.
-struct NextPanel {
+// What the tiles of a panel fetch, each its share: the next panel, or what comes after the last. At
+// batch 1 the weights of a whole model come from L3 or DRAM, where the first tile of every panel
+// would wait for them.
+struct Fetching {
   const char* data;
-  int64_t row_begin, per_row, per_product;  // bytes for each row of a tile, and for each product
+  int64_t bytes, begin, rows, slots;
 
-  NextPanel(const float* panel, int64_t width, int64_t slots, int64_t begin, int64_t end)
-      : data((const char*)panel),
-        row_begin(begin),
-        per_row(width * slots * 4 / (end - begin)),
-        per_product(width * 4 / (end - begin)) {}
-  HYBRIDOPS_INLINE Ahead share(int64_t m, int rows) const {
-    return {data + (m - row_begin) * per_row, rows * per_product};
+  HYBRIDOPS_INLINE Ahead share(int64_t m, int height) const {
+    return {data + (m - begin) * bytes / rows, height * bytes / (rows * slots)};
   }
 };
 
@@ -57,7 +54,7 @@ struct ProductTile {
   const float* panel;
   int64_t column, N;
   const Output& output;
-  const NextPanel& next;
+  const Fetching& fetching;
 
   template <int MR, int NV>
   __attribute__((noinline)) void operator()(int64_t m) const {
@@ -65,7 +62,7 @@ struct ProductTile {
     Cursor from(rows.grid, m);
     HYBRIDOPS_UNROLL for (int i = 0; i < MR; ++i) a[i] = (const E*)rows.data + from.next();
 
-    Ahead ahead = next.share(m, MR);
+    Ahead ahead = fetching.share(m, MR);
     Tile<MR, NV> tile = {};
     Totals<MR, NV> totals(chain_length<E>(output.few_rows));
     const float* b = panel;
@@ -277,6 +274,9 @@ Type product_type(Type x) {
   return x == Type::kBFloat16 && kBf16Products ? Type::kBFloat16 : Type::kFloat;
 }
 int64_t panel_count(int64_t N) { return Panels(N).count; }
+int64_t panel_offset(int64_t N, const Depth& K, int64_t panel) {
+  return Panels(N).offset(panel) * kLanes * slots(K);
+}
 int64_t padded_columns(int64_t N) { return Panels(N).vectors * kLanes; }
 int64_t packed_floats(int64_t N, const Depth& K) { return padded_columns(N) * slots(K); }
 int64_t row_tile() { return kRows<kPanel>; }
@@ -307,16 +307,18 @@ void product(const Rows& rows, int64_t row_begin, int64_t row_end, const float* 
   const int64_t K = slots(Depth{rows.type, rows.length, rows.count1 * rows.count2});
   for (int64_t p = panel_begin; p < panel_end; ++p) {
     const int64_t first = panels.offset(p) * kLanes, next = panels.offset(p + 1) * kLanes;
-    const int64_t next_width = p + 1 < panel_end ? panels.width(p + 1) * kLanes : 0;
-    const NextPanel ahead(packed + next * K, next_width, K, row_begin, row_end);
+    const bool last = p + 1 == panel_end;
+    const int64_t floats = last ? output.then_floats : panels.width(p + 1) * kLanes * K;
+    const Fetching fetching{(const char*)(last ? output.then : packed + next * K), floats * 4,
+                            row_begin, row_end - row_begin, std::max<int64_t>(K, 1)};
     with_element(rows.type == Type::kBFloat16, [&](auto element) {
       using E = decltype(element);
       if (output.type == Type::kFloat)
         for_tiles(panels.width(p), row_begin, row_end,
-                  ProductTile<E, float>{rows, packed + first * K, first, N, output, ahead});
+                  ProductTile<E, float>{rows, packed + first * K, first, N, output, fetching});
       else
         for_tiles(panels.width(p), row_begin, row_end,
-                  ProductTile<E, BFloat16>{rows, packed + first * K, first, N, output, ahead});
+                  ProductTile<E, BFloat16>{rows, packed + first * K, first, N, output, fetching});
     });
   }
 }

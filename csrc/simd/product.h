@@ -49,12 +49,15 @@ struct Output {
   int64_t activation = 0;
   const void* residual = nullptr;  // in `type`
   Grid residual_grid = {1, 0, 0};
-  bool few_rows = false;  // of the whole product, not of a task's part: sums in short chains
+  bool few_rows = false;        // of the whole product, not of a task's part: sums in short chains
+  const float* then = nullptr;  // what the next product reads first: fetched with the last panel
+  int64_t then_floats = 0;
 };
 
 // The right-hand side (K, N) in panels: groups of columns that a register tile covers, K rows each,
 // padded with zeros.
 int64_t panel_count(int64_t N);
+int64_t panel_offset(int64_t N, const Depth& K, int64_t panel);  // in floats
 int64_t packed_floats(int64_t N, const Depth& K);
 int64_t row_tile();  // rows a register tile covers
 
