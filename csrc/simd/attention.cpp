@@ -35,25 +35,32 @@ void softmax_rows(float* scores, int64_t stride, int64_t rows, int64_t n, float 
   constexpr bool has_bias = !std::is_same_v<Bias, None>;
   const int64_t whole = n / kLanes * kLanes;
   const Vec factor = splat(scale * kLog2E);
-  for (int64_t r = 0; r < rows; ++r, scores += stride, bias += bias_stride) {
-    Vec top = splat(-__builtin_inff());
-    for (int64_t i = 0; i < n; i += kLanes) {
-      Vec t = load(scores + i) * factor;
+  float* highest = inverse_sum;
+  // Two loops over the rows, so that no row waits for the sums and maxima over another's lanes.
+  for (int64_t r = 0; r < rows; ++r) {
+    float* row = scores + r * stride;
+    const auto logits = [&](int64_t i, int64_t left) {
+      Vec t = load(row + i) * factor;
       if constexpr (has_bias) {
-        t = fma(load_some(bias + i, n - i), splat(kLog2E), t);
-        store(scores + i, t);
+        t = fma(load_some(bias + r * bias_stride + i, left), splat(kLog2E), t);
+        store(row + i, t);
       }
-      if (i == whole) t = keep(t, n - i, -__builtin_inff());
-      top = max(t, top);
-    }
-    float highest = largest(top);
-    if (highest == -__builtin_inff()) highest = 0.0f;
-    const Vec shift = splat(-highest);
-    const auto power = [&](int64_t i) {
-      const Vec t = load(scores + i);
-      return exp2(has_bias ? t + shift : fma(t, factor, shift));
+      return t;
     };
-    E* p = (E*)scores;  // a vector of E ends where it was read from, or before
+    Vec top = splat(-__builtin_inff());
+    for (int64_t i = 0; i < whole; i += kLanes) top = max(logits(i, kLanes), top);
+    if (whole < n) top = max(keep(logits(whole, n - whole), n - whole, -__builtin_inff()), top);
+    const float most = largest(top);
+    highest[r] = most == -__builtin_inff() ? 0.0f : most;
+  }
+  for (int64_t r = 0; r < rows; ++r) {
+    const float* row = scores + r * stride;
+    const Vec shift = splat(-highest[r]);
+    const auto power = [&](int64_t i) {
+      const Vec t = load(row + i);
+      return exp2<E>(has_bias ? t + shift : fma(t, factor, shift));
+    };
+    E* p = (E*)row;  // a vector of E ends where it was read from, or before
     Vec total{};
     for (int64_t i = 0; i < whole; i += kLanes) {
       const Vec y = power(i);
@@ -65,9 +72,12 @@ void softmax_rows(float* scores, int64_t stride, int64_t rows, int64_t n, float 
       total += y;
       store(p + whole, y);
     }
-    const float all = sum(total);
+    lse[r] = sum(total);
+  }
+  for (int64_t r = 0; r < rows; ++r) {
+    const float all = lse[r];
+    lse[r] = highest[r] + std::log2(all);
     inverse_sum[r] = all == 0.0f ? 0.0f : 1.0f / all;
-    lse[r] = highest + std::log2(all);
   }
 }
 
@@ -88,7 +98,7 @@ void softmax_backward_rows(float* p, float* dp, int64_t stride, int64_t rows, in
         t = fma(load_some(bias + i, n - i), splat(kLog2E), t * factor) + shift;
       else
         t = fma(t, factor, shift);
-      const Vec prob = dead ? Vec{} : exp2(t);
+      const Vec prob = dead ? Vec{} : exp2<float>(t);
       const Vec ds = prob * (load(dp + i) - delta[r]);
       if (dbias) {
         float* d = dbias + r * n + i;

@@ -266,8 +266,10 @@ HYBRIDOPS_INLINE Vec exp(Vec x) {
   return x > 88.37626f ? splat(__builtin_inff()) : y;
 }
 
-// 2^x for x <= 127, relative error 1.6e-7: degree-5 minimax fit of our own on [-0.5, 0.5]. 0 below
-// -126, NaN stays NaN. A third cheaper than exp, which has to split ln 2 and to saturate.
+// 2^x for x <= 127: minimax fits of our own on [-0.5, 0.5], of degree 5, relative error 1.6e-7, and
+// for results that become bf16 of degree 3, 1e-4. 0 below -126, NaN stays NaN. A third cheaper than
+// exp, which has to split ln 2 and to saturate.
+template <class E>
 HYBRIDOPS_INLINE Vec exp2(Vec x) {
   x = max(splat(-150.0f), x);  // so that -inf has a fraction
 #if defined(HYBRIDOPS_ISA_AVX512) && !defined(HYBRIDOPS_EMULATE)
@@ -277,11 +279,18 @@ HYBRIDOPS_INLINE Vec exp2(Vec x) {
   const Vec n = shifted - 12582912.0f;
 #endif
   const Vec r = x - n;
-  Vec p = splat(1.32647265e-3f);
-  p = fma(p, r, splat(9.67151283e-3f));
-  p = fma(p, r, splat(5.550733747e-2f));
-  p = fma(p, r, splat(2.402224208e-1f));
-  p = fma(p, r, splat(6.931469776e-1f));
+  Vec p;
+  if constexpr (sizeof(E) == sizeof(float)) {
+    p = splat(1.32647265e-3f);
+    p = fma(p, r, splat(9.67151283e-3f));
+    p = fma(p, r, splat(5.550733747e-2f));
+    p = fma(p, r, splat(2.402224208e-1f));
+    p = fma(p, r, splat(6.931469776e-1f));
+  } else {
+    p = splat(5.517155004e-2f);
+    p = fma(p, r, splat(2.426111445e-1f));
+    p = fma(p, r, splat(6.932610102e-1f));
+  }
   p = fma(p, r, splat(1.0f));
 #if defined(HYBRIDOPS_ISA_AVX512) && !defined(HYBRIDOPS_EMULATE)
   return (Vec)_mm512_scalef_ps((__m512)p, (__m512)n);
