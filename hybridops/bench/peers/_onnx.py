@@ -15,7 +15,7 @@ from torch import nn
 from ..task import Skip, Task
 
 OPSET = 18
-_exports: WeakKeyDictionary[nn.Module, bytes] = WeakKeyDictionary()
+_exports: WeakKeyDictionary[nn.Module, dict[tuple, bytes]] = WeakKeyDictionary()
 
 
 def export(task: Task) -> bytes:
@@ -25,9 +25,11 @@ def export(task: Task) -> bytes:
     """
     if task.differentiates:
         raise Skip("inference only")
-    if task.module not in _exports:
-        _exports[task.module] = _export(task)
-    return _exports[task.module]
+    done = _exports.setdefault(task.module, {})  # one model serves tasks of several batches
+    shapes = tuple(x.shape for x in task.inputs)
+    if shapes not in done:
+        done[shapes] = _export(task)
+    return done[shapes]
 
 
 def fp32_inputs(task: Task) -> list[torch.Tensor]:

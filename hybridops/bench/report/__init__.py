@@ -1,0 +1,94 @@
+"""Results as one HTML file: pictures first, then every row with the command that repeats it.
+
+The file needs nothing else: no script, font or image, and its policy forbids the browser to fetch
+any. Whatever a result file says is text here, whoever wrote it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from itertools import zip_longest
+from pathlib import Path
+
+import hybridops
+
+from .. import result
+from . import plots, tables
+from .page import Run, e, many, row_title, short
+
+
+def write_report(paths: Sequence[Path], output: Path) -> None:
+    """Draw the result files at `paths` into `output`. Raises BadResult for what is none."""
+    text = report_html([result.load(path) for path in paths], [path.name for path in paths])
+    output = Path(output)
+    fresh = output.with_name(f".{output.name}.{os.getpid()}")
+    try:
+        fresh.write_text(text, encoding="utf-8")
+        os.replace(fresh, output)
+    finally:
+        fresh.unlink(missing_ok=True)
+
+
+def report_html(documents: Sequence[dict], names: Sequence[str] = ()) -> str:
+    """The report of one or several documents, as result.load or Result.document gives them."""
+    runs = [
+        Run(doc["env"], result.rows_of(doc), name or f"run {i + 1}" if len(documents) > 1 else "")
+        for i, (doc, name) in enumerate(zip_longest(documents, names[: len(documents)]))
+    ]
+    sections = [
+        ("glance", "At a glance", tables.glance(runs)),
+        ("speed", "Speed-up", plots.speed(runs)),
+        ("latency", "Latency against size", plots.latency(runs)),
+        ("roofline", "Roofline", plots.roofline(runs)),
+        ("error", "Error", plots.error(runs)),
+        ("changes", "Changes", plots.changes(runs) if len(runs) > 1 else ""),
+        ("rows", "Every row", tables.rows(runs)),
+        ("machine", "Machine", "".join(map(tables.machine, runs))),
+    ]
+    kept = [(anchor, title, body) for anchor, title, body in sections if body]
+    links = "".join(f'<a href="#{anchor}">{title}</a>' for anchor, title, _ in kept)
+    bodies = "".join(
+        f'<section aria-labelledby="{anchor}"><h2 id="{anchor}">{title}</h2>{body}</section>'
+        for anchor, title, body in kept
+    )
+    style = (Path(__file__).parent / "report.css").read_text(encoding="utf-8")
+    policy = "default-src 'none'; style-src 'unsafe-inline'"
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>hybridops bench: {e(_what(runs))}</title>\n<style>\n{style}</style></head>\n"
+        f"<body><main><header><h1>{e(_what(runs))}</h1>{_lead(runs)}{_alert(runs)}"
+        f'<nav aria-label="Sections">{links}</nav></header>{bodies}'
+        f"<footer>Drawn by hybridops {e(hybridops.__version__)}. The numbers are those of the "
+        "result files; nothing was measured for the drawing.</footer></main></body></html>\n"
+    )
+
+
+def _what(runs: Sequence[Run]) -> str:
+    names = list(dict.fromkeys(row.name for run in runs for row in run.rows))
+    return ", ".join(map(short, names[:4])) + (f" and {len(names) - 4} more" * (len(names) > 4))
+
+
+def _lead(runs: Sequence[Run]) -> str:
+    env = runs[0].env if runs else {}
+    facts = [env.get("cpu"), many(env.get("cores"), "core"), env.get("gpu")]
+    facts += [f"torch {env.get('torch')}", str(env.get("date", ""))[:10]]
+    timed = sum(row.median_ms is not None for run in runs for row in run.rows)
+    compared = sum(len(run.comparisons) for run in runs)
+    words = " · ".join(e(f) for f in facts if f)
+    return f"<p>{words}<br>{many(compared, 'comparison')}, {many(timed, 'row')} timed.</p>"
+
+
+def _alert(runs: Sequence[Run]) -> str:
+    wrong = [row for run in runs for row in run.rows if row.verdict in result.WRONG]
+    if not wrong:
+        return ""
+    lines = "".join(
+        f'<p><span class="v {row.verdict}">{row.verdict}</span> {e(short(row_title(row), 120))}, '
+        f"{e(row.candidate)}: {e(row.reason or 'no reason given')}</p>"
+        for row in wrong[:12]
+    )
+    more = f"<p>and {len(wrong) - 12} more below.</p>" if len(wrong) > 12 else ""
+    return f'<div class="alert" role="note">{lines}{more}</div>'

@@ -1,0 +1,95 @@
+"""What the sections of the report are made of: runs, panels, titles and escaped text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from html import escape
+from typing import Any
+
+from ..result import Row
+
+OPEN_BARS, OPEN_ROWS = 150, 60  # more than that: panels are closed, with a summary each
+Panel = tuple[str, str, str]  # title, summary, body
+
+
+@dataclass
+class Run:
+    """One document, its rows by comparison (ours first)."""
+
+    env: dict[str, Any]
+    rows: list[Row]
+    name: str  # empty where there is one run only
+    comparisons: list[list[Row]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        last = None
+        for row in self.rows:
+            if row.ours or row.key() != last or not self.comparisons:
+                self.comparisons.append([])
+            self.comparisons[-1].append(row)
+            last = row.key()
+
+
+def panel_title(run: Run, row: Row) -> str:
+    facts = [row.name, row.mode, row.dtype, many(row.threads, "thread")]
+    facts += [row.layout] * (row.layout != "contiguous") + ["cold cache"] * (row.cache == "cold")
+    return " · ".join([*facts, *[run.name] * bool(run.name)])
+
+
+def case_title(row: Row) -> str:
+    if row.kind != "model":
+        return row.case
+    return f"batch {row.batch}, {row.case} × {row.case}"
+
+
+def row_title(row: Row) -> str:
+    return f"{row.name} {case_title(row)} {row.mode} {row.dtype}"
+
+
+def many(n: Any, word: str) -> str:
+    return "" if n is None else f"{n} {word}{'s' * (n != 1)}"
+
+
+def pairs(values: Any, sign: str = " ") -> str | None:
+    if not isinstance(values, dict):
+        return None
+    return ", ".join(f"{key}{sign}{value}" for key, value in values.items())
+
+
+def short(words: str, most: int = 40) -> str:
+    return words if len(words) <= most else words[: most - 1] + "…"
+
+
+def e(value: Any) -> str:
+    return escape(str(value), quote=True)
+
+
+def small(words: str) -> str:
+    return f"<small>{e(words)}</small>"
+
+
+def empty(words: str) -> str:
+    return f'<p class="empty">{e(words)}</p>'
+
+
+def colours(*kinds: tuple[str, str]) -> str:
+    return "".join(f'<li><i class="key square {k}"></i>{words}</li>' for k, words in kinds)
+
+
+def grid(panels: Iterable[Panel], lines: int = 0) -> str:
+    """Panels side by side; closed, one below the other, where that would be too much."""
+    drawn = list(panels)
+    if lines > OPEN_BARS or len(drawn) > 24:
+        return details(drawn, False)
+    bodies = (f'<div class="panel"><h3>{e(title)}</h3>{body}</div>' for title, _, body in drawn)
+    return f'<div class="panels">{"".join(bodies)}</div>'
+
+
+def details(panels: Iterable[Panel], is_open: bool) -> str:
+    flag = " open" if is_open else ""
+    return "".join(
+        f'<details class="panel"{flag}><summary>{e(title)}<span>{e(summary)}</span></summary>'
+        f"{body}</details>"
+        for title, summary, body in panels
+    )
