@@ -43,7 +43,7 @@ class Result:
         """Write the HTML report."""
         from .report import report_html
 
-        Path(path).write_text(report_html([self.document()]))
+        Path(path).write_text(report_html([self.document()]), encoding="utf-8")
 
     def __str__(self) -> str:
         return table.table(self.rows)

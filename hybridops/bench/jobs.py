@@ -16,7 +16,7 @@ A suite is a TOML file with tables [[op]] and [[model]], whose keys are the opti
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
@@ -166,25 +166,21 @@ def run_jobs(
     *,
     started: Callable[[str], None] = lambda title: None,
     progress: Progress = lambda share, text: None,
-    finished: Callable[[list[Row]], None] = lambda rows: None,
-) -> list[Row]:
-    """The rows of all jobs, in order; finished() is told each comparison's rows as it ends."""
+) -> Iterator[list[Row]]:
+    """Each job's rows, in order, as soon as they are measured."""
     settings = settings or Settings()
-    rows: list[Row] = []
     for job in jobs:
         started(job.title)
         progress(0.0, "building")
         if "torch._dynamo" in sys.modules:  # what one job compiled must not count for the next
-            torch._dynamo.reset()
+            torch.compiler.reset()
         task = job.task()
         found = measure(task, job.peers, settings, progress=progress)
         if job.memory:
             measure_memory(task, found, progress)
         for row in found:
             row.repro = _repro(row, settings)
-        rows += found
-        finished(found)
-    return rows
+        yield found
 
 
 def _repro(row: Row, settings: Settings) -> str:

@@ -46,6 +46,28 @@ def measure(
         return _Comparison(task, peer_builders, settings, progress, timer).rows()
 
 
+class Wrong(Exception):
+    """A candidate whose answer is wrong, or whose check proves nothing; the text says which."""
+
+
+def checked(task: Task, peer: str | None = None) -> tuple[Candidate, check.Finding]:
+    """Ours, or a peer by name, after the checks that come before timing; and what they found.
+
+    Raises Skip where it cannot take part, and Wrong.
+    """
+    builders = {} if peer is None else {peer: partial(peers.build, peer)}
+    with threads(task.threads):
+        torch.manual_seed(task.seed)
+        comparison = _Comparison(task, builders, Settings(), lambda done, text: None, None)
+        entry = comparison.entries[-1]
+        comparison.build(entry)
+    if entry.status == "SKIPPED":
+        raise Skip(entry.reason)
+    if entry.candidate is None or entry.finding is None or entry.status != "OK":
+        raise Wrong(f"{entry.status}: {entry.name}: {entry.reason}")
+    return entry.candidate, entry.finding
+
+
 @dataclass
 class _Entry:
     """A candidate on its way to a row; `candidate` is None once it is out of the race."""
@@ -86,9 +108,7 @@ class _Comparison:
     def rows(self) -> list[Row]:
         for i, entry in enumerate(self.entries):
             self.progress(0.3 * i / len(self.entries), f"building {entry.name}")
-            self._build(entry)
-            if entry.candidate:
-                self._check(entry)
+            self.build(entry)
         racing = [entry for entry in self.entries if entry.candidate]
         timings = interleaved(
             [entry.candidate for entry in racing if entry.candidate],
@@ -103,7 +123,8 @@ class _Comparison:
         self._mind_the_others(rows, timings.others)
         return rows
 
-    def _build(self, entry: _Entry) -> None:
+    def build(self, entry: _Entry) -> None:
+        """Build the entry's candidate and check it; it is None unless it may be timed."""
         try:
             entry.candidate = entry.build(self.task)
             entry.candidate.name = entry.name
@@ -114,6 +135,8 @@ class _Comparison:
             if entry.ours:
                 raise
             entry.out("FAILED", _line(error))
+        if entry.candidate:
+            self._check(entry)
 
     def _check(self, entry: _Entry) -> None:
         candidate = entry.candidate

@@ -102,13 +102,27 @@ def _measure(planned: list[jobs.Job], arguments: argparse.Namespace) -> int:
         if path is not None and not path.resolve().parent.is_dir():
             raise UserError(f"{path}: there is no directory {path.resolve().parent}")
     bar = table.Bar(len(planned), arguments.quiet)
+    rows: list[result.Row] = []
+    try:
+        for found in jobs.run_jobs(planned, settings, started=bar.start, progress=bar):
+            rows += found
+            bar.finish()
+            if not arguments.quiet:
+                print(table.table(found), flush=True)
+    except KeyboardInterrupt:  # what was measured is worth a look, but is no run to save
+        bar.clear()
+        arguments.save = None
+        if rows:
+            _write(rows, arguments)
+        raise
+    _write(rows, arguments)
+    code = result.exit_code(rows)
+    if base is not None:
+        code = _judge(base, rows, 0.05, fail=True) or code
+    return code
 
-    def finished(rows: list[result.Row]) -> None:
-        bar.finish()
-        if not arguments.quiet:
-            print(table.table(rows), flush=True)
 
-    rows = jobs.run_jobs(planned, settings, started=bar.start, progress=bar, finished=finished)
+def _write(rows: list[result.Row], arguments: argparse.Namespace) -> None:
     threads = tuple(sorted({row.threads for row in rows}))
     document = result.document(environment(threads, seed=arguments.seed), rows)
     if arguments.json:
@@ -118,10 +132,6 @@ def _measure(planned: list[jobs.Job], arguments: argparse.Namespace) -> int:
     if arguments.save:
         SAVED.mkdir(parents=True, exist_ok=True)
         result.write_json(document, _saved(arguments.save))
-    code = result.exit_code(rows)
-    if base is not None:
-        code = _judge(base, rows, 0.05, fail=True) or code
-    return code
 
 
 def _saved(name: str) -> Path:

@@ -68,6 +68,8 @@ def report_html(documents: Sequence[dict], names: Sequence[str] = ()) -> str:
 
 def _what(runs: Sequence[Run]) -> str:
     names = list(dict.fromkeys(row.name for run in runs for row in run.rows))
+    if not names:
+        return "No rows"
     return ", ".join(map(short, names[:4])) + (f" and {len(names) - 4} more" * (len(names) > 4))
 
 
