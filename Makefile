@@ -8,7 +8,7 @@ TORCHVISION ?= 0.28.0
 CXX_FILES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint format build emulated512 wheel abi-check clean
+.PHONY: help venv demo bench test lint format build emulated512 wheel abi-check clean
 
 help: ## list the targets
 	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -26,6 +26,15 @@ $(READY): pyproject.toml setup.py
 
 demo: venv build ## run the demonstration
 	$(BIN)/python -m hybridops demo
+
+RESULTS := benchmarks/results/cpu
+BENCH := $(BIN)/python -m hybridops bench
+
+bench: venv build ## measure both suites and draw their report (10 minutes, on an idle machine)
+	$(BIN)/pip install --quiet --no-build-isolation -e ".[models,peers]"
+	$(BENCH) run benchmarks/hot_paths.toml --timeout 10 --json $(RESULTS)/hot_paths.json
+	$(BENCH) run benchmarks/models.toml --timeout 10 --json $(RESULTS)/models.json
+	$(BENCH) report $(RESULTS)/hot_paths.json $(RESULTS)/models.json -o $(RESULTS)/report.html
 
 test: venv build emulated512 ## build and run all tests
 	$(BIN)/python -m pytest -n 2 -q tests

@@ -33,18 +33,21 @@ def write_report(paths: Sequence[Path], output: Path) -> None:
 def report_html(documents: Sequence[dict], names: Sequence[str] = ()) -> str:
     """The report of one or several documents, as result.load or Result.document gives them."""
     runs = [
-        Run(doc["env"], result.rows_of(doc), name or f"run {i + 1}" if len(documents) > 1 else "")
+        Run(doc["env"], result.rows_of(doc), name or f"run {i + 1}")
         for i, (doc, name) in enumerate(zip_longest(documents, names[: len(documents)]))
     ]
+    if not _overlap(runs):  # nothing is shown twice, so no title needs to say which run it is
+        for run in runs:
+            run.name = ""
     sections = [
         ("glance", "At a glance", tables.glance(runs)),
         ("speed", "Speed-up", plots.speed(runs)),
         ("latency", "Latency against size", plots.latency(runs)),
         ("roofline", "Roofline", plots.roofline(runs)),
         ("error", "Error", plots.error(runs)),
-        ("changes", "Changes", plots.changes(runs) if len(runs) > 1 else ""),
+        ("changes", "Changes", plots.changes(runs) if _overlap(runs) else ""),
         ("rows", "Every row", tables.rows(runs)),
-        ("machine", "Machine", "".join(map(tables.machine, runs))),
+        ("machine", "Machine", tables.machines(runs)),
     ]
     kept = [(anchor, title, body) for anchor, title, body in sections if body]
     links = "".join(f'<a href="#{anchor}">{title}</a>' for anchor, title, _ in kept)
@@ -64,6 +67,13 @@ def report_html(documents: Sequence[dict], names: Sequence[str] = ()) -> str:
         f"<footer>Drawn by hybridops {e(hybridops.__version__)}. The numbers are those of the "
         "result files; nothing was measured for the drawing.</footer></main></body></html>\n"
     )
+
+
+def _overlap(runs: Sequence[Run]) -> bool:
+    """Whether two runs have a row in common, or come from different machines."""
+    keys = [{row.key() for row in run.rows} for run in runs]
+    machines = {run.env.get("machine") for run in runs}
+    return len(machines) > 1 or len(set().union(*keys)) < sum(map(len, keys))
 
 
 def _what(runs: Sequence[Run]) -> str:

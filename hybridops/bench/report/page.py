@@ -19,7 +19,7 @@ class Run:
 
     env: dict[str, Any]
     rows: list[Row]
-    name: str  # empty where there is one run only
+    name: str  # empty where no title has to tell it from another run
     comparisons: list[list[Row]] = field(default_factory=list)
 
     def __post_init__(self) -> None:

@@ -142,7 +142,12 @@ def _verdicts(rows: Sequence[Row]) -> str:
 # the machine
 
 
-def machine(run: Run) -> str:
+def machines(runs: Sequence[Run]) -> str:
+    """Each run's machine; once where the runs are parts of one."""
+    return "".join(map(_machine, runs if all(run.name for run in runs) else runs[:1]))
+
+
+def _machine(run: Run) -> str:
     env = run.env
     dirty = ", with changes not committed" if env.get("dirty") else ""
     facts = {
