@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 
+from .case import INPUT_LAYOUTS
 from .measure import Progress, measure
 from .memory import measure_memory
 from .model_task import build_model, full_name, model_task
@@ -36,6 +37,7 @@ from .task import DTYPES, MODEL_MODES, OP_MODES, Task
 
 OP_PEERS, MODEL_PEERS = ("eager", "sdpa"), ("eager", "compile")
 METRICS = ("latency", "throughput", "peak-mem")
+BACKENDS = ("auto", "all", "cpu", "triton", "cuda", "reference")
 
 
 class BadSuite(ValueError):
@@ -69,6 +71,8 @@ def op_jobs(
         raise ValueError(f"unknown op {name!r}; there are {', '.join(OPS)}")
     _among(dtype, tuple(DTYPES), "dtype")
     _among(mode, OP_MODES, "mode")
+    _among([] if layout is None else [layout], (*INPUT_LAYOUTS, "channels_last"), "layout")
+    _among([backend], BACKENDS, "backend")
     if peers is None:
         peers = OP_PEERS if name == "attention" else OP_PEERS[:1]
     for p in peers:
