@@ -9,7 +9,7 @@ from typing import Any
 
 from ..result import Row
 
-OPEN_BARS, OPEN_ROWS = 150, 60  # more than that: panels are closed, with a summary each
+OPEN_BARS, OPEN_ROWS = 300, 60  # more than that: panels are closed, with a summary each
 Panel = tuple[str, str, str]  # title, summary, body
 
 
@@ -80,7 +80,7 @@ def colours(*kinds: tuple[str, str]) -> str:
 def grid(panels: Iterable[Panel], lines: int = 0) -> str:
     """Panels side by side; closed, one below the other, where that would be too much."""
     drawn = list(panels)
-    if lines > OPEN_BARS or len(drawn) > 24:
+    if lines > OPEN_BARS or len(drawn) > 40:
         return details(drawn, False)
     bodies = (f'<div class="panel"><h3>{e(title)}</h3>{body}</div>' for title, _, body in drawn)
     return f'<div class="panels">{"".join(bodies)}</div>'

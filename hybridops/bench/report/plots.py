@@ -122,18 +122,18 @@ def roofline(runs: Sequence[Run]) -> str:
             if row.gflops and row.intensity and row.verdict not in WRONG:
                 share = f", {row.percent_of_roof:.0f} % of the roof" if row.percent_of_roof else ""
                 tip = f"{row_title(row)}, {row.candidate}: {figures(row.gflops)} GFLOP/s{share}"
-                panels.setdefault((i, row.dtype, row.threads), []).append(
+                panels.setdefault((i, f"{row.kind}s", row.dtype, row.threads), []).append(
                     (row.candidate, row.intensity, row.gflops, tip)
                 )
     if not panels:
         return empty("No row has a count of operations: nothing to hold against the roof.")
     drawn, known = [], True
-    for (i, dtype, threads), points in panels.items():
+    for (i, kind, dtype, threads), points in panels.items():
         ours = {row.candidate for row in runs[i].rows if row.ours}
         points.sort(key=lambda p: p[0] not in ours)  # the colour of ours is for the first one
         peak, speeds = _ceilings(runs[i].env, dtype, threads)
         known &= peak is not None
-        name = " · ".join(filter(None, [dtype, many(threads, "thread"), runs[i].name]))
+        name = " · ".join(filter(None, [kind, dtype, many(threads, "thread"), runs[i].name]))
         drawn.append((name, "", chart.roofline(points, peak, speeds, f"Roofline: {name}")))
     lacks = "" if known else " Where no roof is drawn, none was measured for that dtype."
     return (
