@@ -1,4 +1,4 @@
-"""Named cases of every op, read by the tests and the benchmarks.
+"""Named cases of every op that the tests run; those of real models are in hybridops/bench/cases.py.
 
 Few, but odd: 1, 16, 49, 50, 196, 197 and 577 tokens, odd channels, empty dimensions, and for every
 option at least one case that a kernel without it fails.
