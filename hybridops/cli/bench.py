@@ -98,6 +98,8 @@ def _measure(planned: list[jobs.Job], arguments: argparse.Namespace) -> int:
         arguments.seed,
     )
     base = result.rows_of(result.load(_saved(arguments.baseline))) if arguments.baseline else None
+    if arguments.save is not None:
+        _saved(arguments.save)  # a bad name is refused before anything is measured
     for path in (arguments.json, arguments.csv):
         if path is not None and not path.resolve().parent.is_dir():
             raise UserError(f"{path}: there is no directory {path.resolve().parent}")
@@ -135,7 +137,11 @@ def _write(rows: list[result.Row], arguments: argparse.Namespace) -> None:
 
 
 def _saved(name: str) -> Path:
-    if not name.replace("-", "").replace("_", "").replace(".", "").isalnum() or name[0] == ".":
+    if (
+        not name
+        or not name.replace("-", "").replace("_", "").replace(".", "").isalnum()
+        or name[0] == "."
+    ):
         raise UserError(f"a saved run's name has letters, digits, - _ and . only, got {name!r}")
     return SAVED / f"{name}.json"
 

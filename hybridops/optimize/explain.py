@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..compat import import_timm
+from ..compat import import_timm, import_torchvision
 from . import rules
 from .fast import original_class
 from .report import Report
@@ -66,6 +67,8 @@ def _hybridops(name, kwargs):
 
 
 def _transformers(name, kwargs):
+    with suppress(ImportError):  # transformers imports it too, and a broken one breaks its models
+        import_torchvision()
     try:
         from transformers import CONFIG_MAPPING, AutoConfig, AutoModel
     except ImportError:
