@@ -137,11 +137,7 @@ def _write(rows: list[result.Row], arguments: argparse.Namespace) -> None:
 
 
 def _saved(name: str) -> Path:
-    if (
-        not name
-        or not name.replace("-", "").replace("_", "").replace(".", "").isalnum()
-        or name[0] == "."
-    ):
+    if not name.replace("-", "").replace("_", "").replace(".", "").isalnum() or name[0] == ".":
         raise UserError(f"a saved run's name has letters, digits, - _ and . only, got {name!r}")
     return SAVED / f"{name}.json"
 
