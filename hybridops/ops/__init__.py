@@ -1,10 +1,11 @@
-"""The five ops.
+"""The five ops, and what serves inference alone: whole layers and group_norm.
 
 Each file reads meaning (reference), contract (schema, fake), gradient, door (checks).
 """
 
 from .attention import attention
 from .conv_stem import ConvLayer, MaxPool, conv_stem, pack_conv
+from .group_norm import group_norm
 from .layer import attention_layer, mlp_layer
 from .linear import linear, pack_linear
 from .patch_embed import pack_patch, patch_embed
@@ -16,6 +17,7 @@ __all__ = [
     "attention",
     "attention_layer",
     "conv_stem",
+    "group_norm",
     "linear",
     "mlp_layer",
     "pack_conv",

@@ -1,0 +1,20 @@
+// GroupNorm of channels_last images: the sums of some rows, then scale, shift, residual and
+// activation.
+#pragma once
+#include <cstdint>
+
+#include "product.h"
+
+namespace hybridops::simd {
+
+// Over `rows` pixels of C channels that lie `stride` apart: sums (2, C) = per channel the sum of (x
+// - pivot) and of its square.
+void channel_sums(const void* x, Type type, const float* pivot, int64_t rows, int64_t C,
+                  int64_t stride, float* sums);
+
+// y = activation(x * scale + shift + residual) on `rows` pixels of C channels; scale and shift (C),
+// residual like x, or null.
+void scale_rows(const void* x, const void* residual, Type type, const float* scale,
+                const float* shift, int64_t rows, int64_t C, int64_t activation, void* y);
+
+}  // namespace hybridops::simd
