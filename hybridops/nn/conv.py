@@ -46,6 +46,9 @@ def same_pad(x: Tensor, kernel: Any, stride: Any, dilation: Any = (1, 1), value:
     return F.pad(x, (left, right, top, bottom), value=value)
 
 
+_reorder: Any = torch._C._nn.mkldnn_reorder_conv2d_weight  # torch's own stub lacks the shape
+
+
 class Conv:
     """One convolution as inference runs it; weight (Co, Ci / groups, kh, kw), bias (Co,) or None.
 
@@ -63,7 +66,7 @@ class Conv:
     ) -> None:
         self.weight, self.bias = weight, bias
         self.same = padding == "SAME"
-        self.padding = (0, 0) if self.same else padding
+        self.padding: Any = (0, 0) if self.same else padding
         self.stride, self.dilation, self.groups = stride, dilation, groups
         self._packings: dict[torch.Size, Tensor] = {}
 
@@ -123,7 +126,7 @@ class Conv:
             while len(self._packings) >= _PACKINGS:
                 self._packings.pop(next(iter(self._packings)))
             with torch.no_grad():
-                packed = torch._C._nn.mkldnn_reorder_conv2d_weight(
+                packed = _reorder(
                     self.weight.detach().contiguous().to_mkldnn(),
                     self.padding,
                     self.stride,

@@ -17,6 +17,7 @@ is MISTRUSTED.
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +27,7 @@ from torch import nn
 from .. import backend
 from .fast import dotted
 from .gates import fit_statistics, randomise_gates
-from .measure import Errors, capture, compare, plant
+from .measure import ChannelsLast, Errors, capture, compare, plant
 from .report import aligned
 from .swap import JOURNAL, replaced, restore
 
@@ -132,7 +133,7 @@ def verify(model: nn.Module, example: Any, *, raises: bool = False, seed: int = 
             continue
         layers = module, original.get_submodule(fqn), exact.get_submodule(fqn)
         call = calls[fqn]
-        eager, reference = _expected(call, *layers[1:])
+        eager, reference = _expected(call, *layers)
         errors = compare(call.on(module), eager, reference)
         for _ in range(SAMPLES - 1):
             if errors.ok or errors.problem:
@@ -157,11 +158,16 @@ def verify(model: nn.Module, example: Any, *, raises: bool = False, seed: int = 
     return result
 
 
-def _expected(call, original, exact):
+def _expected(call, module, original, exact):
     """What torch returns for the call, in the model's dtype and in float64."""
+    packed = module.channels_last and torch.backends.mkldnn.is_available()
+    own = ChannelsLast() if packed else nullcontext()
     with backend.use("reference"):  # our own models' originals run as plain torch too
-        return call.on(original), call.doubled().on(exact)
+        with own:
+            eager = call.on(original)
+        return eager, call.doubled().on(exact)
 
 
-def _measure(call, module, original, exact):
-    return compare(call.on(module), *_expected(call, original, exact))
+def _measure(call, *layers):
+    module, *_ = layers
+    return compare(call.on(module), *_expected(call, *layers))

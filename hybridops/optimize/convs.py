@@ -1,0 +1,260 @@
+"""Convolution bodies: what a chain of conv, norm and activation modules comes to in inference.
+
+A rule names the modules of its chain in order; `read_chain` says what stands in the way, or gives
+the links. BatchNorm (frozen too) goes into the weights, weights are standardised once, activations
+and residuals run inside the convolution, or inside the GroupNorm behind it. Images stay
+channels_last from the first convolution on, so that the tokens at the end are a view.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..nn.conv import folded_conv, not_bare_conv
+from ..ops import group_norm
+from .fast import Fast, activation_name, dotted, original_class
+
+STANDARDISED = {"timm.layers.std_conv:StdConv2d", "timm.layers.std_conv:StdConv2dSame"}
+_CONVS = {"torch.nn.modules.conv:Conv2d", *STANDARDISED}
+_BATCH_NORMS = {
+    "torch.nn.modules.batchnorm:BatchNorm2d",
+    "torchvision.ops.misc:FrozenBatchNorm2d",
+    "timm.layers.norm_act:BatchNormAct2d",
+}
+_GROUP_NORMS = {"torch.nn.modules.normalization:GroupNorm", "timm.layers.norm_act:GroupNormAct"}
+_NESTED = {
+    "torch.nn.modules.container:Sequential",
+    "timm.layers.conv_bn_act:ConvNormAct",
+    "timm.models.resnetv2:DownsampleConv",
+    "timm.models.resnetv2:DownsampleAvg",
+}
+_CALLED = {
+    "torch.nn.modules.pooling:MaxPool2d",
+    "torch.nn.modules.pooling:AvgPool2d",
+    "timm.layers.pool2d_same:MaxPool2dSame",
+}
+TRAINING = "training keeps the convolutions as they are"
+
+
+@dataclass
+class Link:
+    """A convolution and what follows it; or, without a convolution, a pooling that is called."""
+
+    conv: Any
+    norm: Any = None
+    activation: str = "none"
+
+
+class Unserved(Exception):
+    """Why a chain cannot be fused."""
+
+
+def path_of(module: nn.Module) -> str:
+    return dotted(original_class(module))
+
+
+def read_chain(modules: Iterable[nn.Module | None]) -> list[Link]:
+    """The links of these modules, called one after the other; raises Unserved."""
+    links: list[Link] = []
+    for module in _flat(modules):
+        path, last = path_of(module), links[-1] if links else None
+        if path in _CONVS:
+            reason = not_bare_conv(module)
+            if reason:
+                raise Unserved(reason)
+            links.append(Link(module))
+        elif path in _CALLED:
+            links.append(Link(module, activation="called"))
+        elif last is None or last.activation != "none":
+            raise Unserved(f"{original_class(module).__name__} follows no convolution")
+        elif path in _BATCH_NORMS or path in _GROUP_NORMS:
+            if last.norm is not None:
+                raise Unserved("two norms behind one convolution")
+            if path in _BATCH_NORMS and module.running_mean is None:
+                raise Unserved("a BatchNorm without running statistics")
+            last.norm = module
+            last.activation = _own_activation(module)
+        else:
+            name = activation_name(module)
+            if name is None:
+                raise Unserved(f"{original_class(module).__name__} has no kernel")
+            last.activation = name
+    if not links or links[0].activation == "called" and len(links) == 1:
+        raise Unserved("no convolution")
+    return links
+
+
+def _flat(modules):
+    for module in modules:
+        if module is None or type(module) is nn.Identity:
+            continue
+        if path_of(module) in _NESTED:
+            yield from _flat(module.children())
+        elif "parametrizations" in module._modules:
+            raise Unserved(f"a parametrised {original_class(module).__name__}")
+        else:
+            yield module
+
+
+def _own_activation(norm: Any) -> str:
+    """The activation inside timm's norm-and-activation layers."""
+    if not hasattr(norm, "act"):
+        return "none"
+    if type(norm.drop) is not nn.Identity:
+        raise Unserved("dropout behind a norm")
+    name = activation_name(norm.act)
+    if name is None:
+        raise Unserved(f"{type(norm.act).__name__} has no kernel")
+    return name
+
+
+class Step:
+    """A link, ready to run."""
+
+    def __init__(self, link: Link) -> None:
+        self.activation = link.activation
+        self.norm = link.norm if link.norm is not None and _is_group(link.norm) else None
+        if link.activation == "called":
+            self.conv = link.conv
+        else:
+            norm = None if self.norm is not None else link.norm
+            self.conv = folded_conv(link.conv, norm, standardised(link.conv))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.activation == "called":
+            return self.conv(x)
+        return self.run(x, self.activation, None)
+
+    def run(self, x: Tensor, activation: str, residual: Tensor | None) -> Tensor:
+        """activation(norm(conv(x)) + residual)"""
+        norm = self.norm
+        if norm is None:
+            return self.conv(x, activation, residual)
+        return group_norm(
+            self.conv(x),
+            norm.num_groups,
+            norm.weight,
+            norm.bias,
+            norm.eps,
+            activation=activation,
+            residual=residual,
+        )
+
+
+def _is_group(norm):
+    return path_of(norm) in _GROUP_NORMS
+
+
+def standardised(conv: Any) -> Tensor | None:
+    """The weight of a weight-standardised convolution as it is used; None for other ones."""
+    if path_of(conv) not in STANDARDISED:
+        return None
+    wide = conv.weight.double().flatten(1)
+    var, mean = torch.var_mean(wide, 1, correction=0, keepdim=True)
+    return ((wide - mean) * (var + conv.eps).rsqrt()).view_as(conv.weight).to(conv.weight.dtype)
+
+
+def steps(modules: Iterable[nn.Module | None]) -> list[Step]:
+    return [Step(link) for link in read_chain(modules)]
+
+
+def run(chain: Iterable[Any], x: Tensor) -> Tensor:
+    for step in chain:
+        x = step(x)
+    return x
+
+
+def why_not(*chains: Iterable[nn.Module | None]) -> str | None:
+    """Why one of these chains cannot be fused, or None."""
+    try:
+        for chain in chains:
+            read_chain(chain)
+    except Unserved as reason:
+        return str(reason)
+    return None
+
+
+def one_dtype_in(modules: Iterable[nn.Module | None]) -> bool:
+    tensors = [t for m in modules if m is not None for t in m.parameters()]
+    return len({t.dtype for t in tensors}) <= 1
+
+
+class Residual(Fast):
+    """Base of the rules for residual blocks: activation(chain(x) + shortcut(x))."""
+
+    channels_last = True
+
+    @classmethod
+    def parts(cls, module: Any) -> tuple[list[nn.Module | None], nn.Module | None, nn.Module]:
+        """The modules of the main chain, the shortcut's (None: x itself), the last activation."""
+        raise NotImplementedError
+
+    @classmethod
+    def unserved(cls, module, mode):
+        if mode == "train":
+            return TRAINING
+        main, shortcut, last = cls.parts(module)
+        if activation_name(last) is None:
+            return f"{type(last).__name__} has no kernel"
+        return why_not(main) or (shortcut is not None and why_not([shortcut])) or None
+
+    def forward(self, x):
+        weights = self._hybridops_plan.derived(self, x)
+        if weights is None:
+            return self.replaces.forward(self, x)
+        (*chain, end), shortcut, last = weights
+        residual = x if shortcut is None else run(shortcut, x)
+        return end.run(run(chain, x), last, residual)
+
+    def derive(self):
+        main, shortcut, last = self.parts(self)
+        if not one_dtype_in([*main, shortcut]):
+            return None
+        side = None if shortcut is None else steps([shortcut])
+        return steps(main), side, activation_name(last)
+
+
+class Chain(Fast):
+    """Base of the rules whose module is nothing but its chain."""
+
+    channels_last = True
+
+    @classmethod
+    def parts(cls, module: Any) -> list[nn.Module | None]:
+        return list(module.children())
+
+    @classmethod
+    def unserved(cls, module, mode):
+        return TRAINING if mode == "train" else why_not(cls.parts(module))
+
+    def forward(self, x):
+        chain = self._hybridops_plan.derived(self, x)
+        return self.replaces.forward(self, x) if chain is None else run(chain, x)
+
+    def derive(self):
+        parts = self.parts(self)
+        return steps(parts) if one_dtype_in(parts) else None
+
+
+class Stem(Fast):
+    """Base of the rules for whole networks: the stem's convolutions fused, the rest as it is."""
+
+    channels_last = True
+    names: tuple[str, ...] = ()  # children of the stem, in order
+
+    @classmethod
+    def bypassed(cls, module):
+        return [getattr(module, name) for name in cls.names]
+
+    @classmethod
+    def unserved(cls, module, mode):
+        return TRAINING if mode == "train" else why_not(cls.bypassed(module))
+
+    def derive(self):
+        parts = self.bypassed(self)
+        return steps(parts) if one_dtype_in(parts) else None

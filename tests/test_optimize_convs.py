@@ -1,0 +1,158 @@
+"""Rules for convolution bodies: timm's hybrids and ResNets, torchvision's ResNets."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from hybridops import explain, optimize, report, restore, verify
+from hybridops.optimize import Fast
+from hybridops.optimize.gates import make_live
+
+HYBRIDS = ("vit_tiny_r_s16_p8_224", "vit_small_r26_s32_224", "vit_small_resnet26d_224")
+NAMES = (*HYBRIDS, "vit_base_mci_224", "resnet18d", "torchvision")
+
+
+def build(timm, name):
+    """A real model whose every branch counts: a fresh ResNet's end in BatchNorm weights of 0."""
+    torch.manual_seed(0)
+    if name == "torchvision":
+        model = pytest.importorskip("torchvision").models.resnet18()
+    else:
+        options = {"img_size": 64, "depth": 1} if name.startswith("vit") else {}
+        model = timm.create_model(name, **options)
+    make_live(model, images(2))
+    return model
+
+
+def images(batch=1):
+    return torch.randn(batch, 3, 64, 64)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_replaced_layer_is_as_exact_as_torch(timm, name):
+    result = verify(optimize(build(timm, name)), images())
+    assert result.ok, str(result)
+
+
+@pytest.mark.parametrize("name", ["vit_small_r26_s32_224", "resnet18d"])
+def test_bfloat16(timm, name):
+    result = verify(optimize(build(timm, name).bfloat16()), images().bfloat16())
+    assert result.ok, str(result)
+
+
+@pytest.mark.slow
+def test_vit_base_r50(timm):
+    model = timm.create_model("vit_base_r50_s16_224", img_size=64).eval()
+    assert verify(optimize(model), images()).ok
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_restore_is_bit_exact_and_training_is_untouched(timm, name):
+    model = build(timm, name)
+    x, keys = images(2), list(model.state_dict())
+    with torch.no_grad():
+        before = model(x)
+        y = optimize(model)(x)
+        assert not torch.equal(y, before)  # something did run otherwise
+        torch.testing.assert_close(y, before, rtol=1e-3, atol=1e-4)
+    assert list(model.state_dict()) == keys
+    with torch.no_grad():
+        assert torch.equal(restore(model)(x), before)
+    twin = copy.deepcopy(model).train()
+    optimize(model).train()
+    for m in (twin, model):
+        torch.manual_seed(1)
+        m(x).square().sum().backward()
+    for p, q in zip(twin.parameters(), model.parameters(), strict=True):
+        if p.grad is not None:
+            torch.testing.assert_close(
+                p.grad, q.grad, rtol=1e-2, atol=1e-3 * float(p.grad.abs().max())
+            )
+
+
+def test_gradients_in_eval_mode(timm):
+    model = build(timm, "vit_tiny_r_s16_p8_224")
+    twin, x = copy.deepcopy(model), images()
+    for m in (twin, optimize(model)):
+        m(x).sum().backward()
+    conv, other = model.patch_embed.backbone.conv, twin.patch_embed.backbone.conv
+    scale = float(other.weight.grad.abs().max())
+    torch.testing.assert_close(conv.weight.grad, other.weight.grad, rtol=1e-3, atol=1e-4 * scale)
+
+
+def reason(model, fqn):
+    return next(layer.reason for layer in report(optimize(model)).layers if layer.fqn == fqn)
+
+
+def test_what_is_left_alone_says_why(timm):
+    hooked = build(timm, "resnet18d")
+    hooked.layer1[0].conv2.register_forward_hook(lambda *_: None)
+    assert "layer1.0.conv2 is hooked" in reason(hooked, "layer1.0")
+
+    odd = build(timm, "resnet18d")
+    odd.layer2[0].act2 = nn.Tanh()
+    assert "Tanh has no kernel" in reason(odd, "layer2.0")
+    odd.layer3[0].bn1 = nn.InstanceNorm2d(256)
+    assert "InstanceNorm2d" in reason(restore(odd), "layer3.0")
+    parametrised = build(timm, "resnet18d")
+    parametrize.register_parametrization(parametrised.layer1[1].conv1, "weight", nn.Identity())
+    assert "no kernel" in reason(parametrised, "layer1.1") or "parametrised" in reason(
+        parametrised, "layer1.1"
+    )
+    attention = timm.create_model("seresnet18" if timm.is_model("seresnet18") else "seresnet50")
+    assert "attention layer" in reason(attention.eval(), "layer1.0")
+
+
+def test_hooks_and_changes_after_optimize_are_followed(timm):
+    model, x = optimize(build(timm, "resnet18d")), images()
+    with torch.no_grad():
+        first = model(x)
+        seen = []
+        handle = model.layer1[0].bn1.register_forward_hook(lambda *_: seen.append(1))
+        model(x)
+        assert seen
+        handle.remove()
+        model.layer1[0].bn1.running_mean.add_(1)
+        model.layer2[0].conv1.weight.mul_(2)
+        changed = model(x)
+        assert not torch.allclose(changed, first)
+        torch.testing.assert_close(restore(model)(x), changed, rtol=1e-3, atol=1e-4)
+
+
+def test_one_layer_in_two_blocks(timm):
+    """Folded for each use by itself: the weight stays what it is."""
+    model, x = build(timm, "resnet18d"), images()
+    model.layer1[1].conv1 = model.layer1[0].conv1
+    with torch.no_grad():
+        before = model(x)
+        torch.testing.assert_close(optimize(model)(x), before, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", HYBRIDS[:2])
+def test_compiles_as_one_graph(timm, name):
+    model, x = optimize(build(timm, name)), images()
+    with torch.no_grad():
+        expected = model(x)
+        compiled = torch.compile(model, fullgraph=True, backend="eager")(x)
+    torch.testing.assert_close(compiled, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_explain_names_every_hot_layer():
+    layers = explain("timm:vit_small_r26_s32_224").layers
+    left = {layer.fqn: layer.reason for layer in layers if layer.rule is None}
+    assert left == {"head": "no rule"}
+    names = {layer.fqn for layer in layers}
+    assert {f"patch_embed.backbone.stages.{i}.blocks.1" for i in range(4)} <= names
+
+
+def test_bodies_stay_channels_last(timm):
+    model = optimize(build(timm, "vit_small_r26_s32_224"))
+    seen = []
+    model.patch_embed.backbone.stages[2].register_forward_hook(lambda m, a, y: seen.append(y))
+    with torch.no_grad():
+        model(images(2))
+    assert seen[0].is_contiguous(memory_format=torch.channels_last)
+    assert isinstance(model.patch_embed.backbone.stages[2].blocks[0], Fast)
