@@ -9,15 +9,25 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import cpvt, levit
+from . import cpvt, detr, levit
 from .cpvt import Cpvt
+from .detr import Detr
 from .levit import Levit
 from .weights import WeightsError, load_weights
 
-__all__ = ["Cpvt", "Levit", "WeightsError", "create_model", "list_models", "load_weights"]
+__all__ = [
+    "Cpvt",
+    "Detr",
+    "Levit",
+    "WeightsError",
+    "create_model",
+    "detr",
+    "list_models",
+    "load_weights",
+]
 
-_MODELS = {**levit.MODELS, **cpvt.MODELS}
-_PRETRAINED = levit.PRETRAINED
+_MODELS = {**levit.MODELS, **cpvt.MODELS, **detr.MODELS}
+_PRETRAINED = {**levit.PRETRAINED, **detr.PRETRAINED}
 
 
 def list_models(pattern: str | None = None) -> list[str]:
@@ -30,8 +40,8 @@ def create_model(
 ) -> nn.Module:
     """A model by name, with random weights, published ones, or those of a file.
 
-    pretrained: LeViT's official weights, downloaded once into torch.hub's directory. checkpoint: a
-    .safetensors, .pt or .pth file. kwargs go to the model (num_classes, in_chans, img_size, ...).
+    pretrained: the authors' weights of LeViT or DETR, downloaded once into torch.hub's directory.
+    checkpoint: a .safetensors, .pt or .pth file. kwargs go to the model (num_classes, ...).
 
     Raises ValueError for an unknown name and for a model without published weights, WeightsError
     (a ValueError too) for weights that cannot be had or do not fit.

@@ -1,7 +1,8 @@
 """Weights into our models, from our own keys or another implementation's: all of them or nothing.
 
 LeViT's keys are timm's. The official code and transformers name and order the same tensors
-differently; `levit_names` builds the three spellings of every module from the model itself.
+differently; `levit_names` builds the three spellings of every module from the model itself. DETR's
+differ by patterns: detr/keys.py.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .detr import Detr, keys
 from .levit import Levit
 
 State = Mapping[str, Tensor]
@@ -123,6 +125,11 @@ def _some(names) -> str:
 
 def to_own_keys(model: nn.Module, state: State) -> tuple[str, dict[str, Tensor]]:
     """(family, the state dict under our keys); names unknown to the family stay as they are."""
+    if isinstance(model, Detr):
+        family = keys.family_of(state)
+        if family is None:
+            raise WeightsError(_unknown(model, state))
+        return family, keys.own_keys(family, state)
     if not isinstance(model, Levit):
         if not set(state) & set(model.state_dict()):
             raise WeightsError(_unknown(model, state))

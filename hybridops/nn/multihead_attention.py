@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .. import backend, ops
 from ._derived import Weights, weight_rows
-from ._fusion import LINEARS, fused_linear, is_plain
+from ._fusion import LINEARS, fused_linear, is_ours, is_plain
 from .attention import torch_attention
 
 
@@ -103,6 +104,10 @@ class MultiheadAttention(nn.MultiheadAttention):
         if query is key and key is value:
             qkv = _linear(query, weight_rows(self, "qkv", packed, bias, 0, 3 * E))
             return qkv.split(E, dim=-1)
+        if query is key:
+            qk = _linear(query, weight_rows(self, "qk", packed, bias, 0, 2 * E))
+            v = _linear(value, weight_rows(self, "v", packed, bias, 2 * E, 3 * E))
+            return *qk.split(E, dim=-1), v
         q = _linear(query, weight_rows(self, "q", packed, bias, 0, E))
         if key is value:
             kv = _linear(key, weight_rows(self, "kv", packed, bias, E, 3 * E))
@@ -114,6 +119,33 @@ class MultiheadAttention(nn.MultiheadAttention):
         E = self.embed_dim
         part = None if bias is None else bias[i * E : (i + 1) * E]
         return weight_rows(self, name, weight, part, 0, E)
+
+
+def attend(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_padding_mask: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """residual + module(query, key, value)[0], batch first, with the sum inside the last product.
+
+    query (B, L, E), key and value (B, S, E), key_padding_mask (B, S) bool, True = leave out.
+    """
+    plain = is_ours(module, MultiheadAttention) and module._torch_only(query, False) is None
+    dropout = module.training and module.dropout
+    if not plain or dropout or backend.reference_forced():
+        if not module.batch_first:
+            query, key, value = (x.transpose(0, 1) for x in (query, key, value))
+        y, _ = module(query, key, value, key_padding_mask, need_weights=False)
+        y = y if module.batch_first else y.transpose(0, 1)
+        return y if residual is None else residual + y
+    _check(query, key, value, module)
+    heads = (module.num_heads, module.head_dim)
+    q, k, v = (x.unflatten(2, heads) for x in module._project(query, key, value))
+    out = ops.attention(q, k, v, key_padding_mask=key_padding_mask).flatten(2)
+    return fused_linear(module, "out_proj", out, residual=residual)
 
 
 def _linear(x, w):

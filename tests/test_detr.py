@@ -1,0 +1,442 @@
+"""DETR against transformers': weights, outputs with and without padding, loss, gradients."""
+
+from __future__ import annotations
+
+import copy
+import re
+from types import SimpleNamespace
+
+import pytest
+import torch
+from check import accurate, same_bits
+from torch import nn
+
+import hybridops
+from hybridops import models
+from hybridops.models import WeightsError, create_model, detr, load_weights
+from hybridops.models.detr import Detr, Prediction, Weights, keys, set_loss
+from hybridops.models.detr.processing import resized_shape
+
+PARAMETERS = {
+    "detr_resnet50": 41_524_768,
+    "detr_resnet50_dc5": 41_524_768,
+    "detr_resnet101": 60_464_672,
+    "detr_resnet101_dc5": 60_464_672,
+    "detr_resnet50_panoptic": 42_899_288,
+}
+SMALL = {"num_classes": 11, "num_queries": 12, "dim": 64, "heads": 8, "hidden": 96}
+
+
+@pytest.fixture
+def hf(timm):
+    return pytest.importorskip("transformers")
+
+
+def small(depth=2, **options) -> Detr:
+    options = SMALL | {"layers": (2, 2), "drop_rate": 0.0} | options
+    return Detr((depth,) * 4, **options).eval()
+
+
+def awake(model: nn.Module) -> nn.Module:
+    """Biases and frozen statistics of ordinary size; residual branches of the backbone small."""
+    generator = torch.Generator().manual_seed(0)
+
+    def uniform(tensor, low, high):
+        tensor.copy_(torch.rand(tensor.shape, generator=generator) * (high - low) + low)
+
+    with torch.no_grad():
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            if "running_mean" in name:
+                uniform(tensor, -0.2, 0.2)
+            elif "running_var" in name:
+                uniform(tensor, 0.8, 1.2)
+            elif "bn3.weight" in name:
+                uniform(tensor, 0.1, 0.3)
+            elif name.endswith(".weight") and tensor.ndim == 1:
+                uniform(tensor, 0.5, 1.5)
+            elif name.endswith("bias"):
+                uniform(tensor, -0.3, 0.3)
+    return model
+
+
+def pair(hf, masks=False, dilated=False):
+    """A small DETR of ours and of transformers' with the same weights."""
+    config = hf.DetrConfig(
+        backbone="resnet26",
+        num_labels=11,
+        num_queries=12,
+        d_model=64,
+        encoder_attention_heads=8,
+        decoder_attention_heads=8,
+        encoder_ffn_dim=96,
+        decoder_ffn_dim=96,
+        encoder_layers=2,
+        decoder_layers=2,
+        dropout=0.0,
+        dilation=dilated,
+    )
+    cls = hf.DetrForSegmentation if masks else hf.DetrForObjectDetection
+    theirs = awake(cls(config)).eval()
+    ours = small(masks=masks, dilated=dilated)
+    assert load_weights(ours, theirs.state_dict()) == "transformers"
+    return ours, theirs
+
+
+def batch(padded: bool):
+    """Two images, the second smaller where padded, and the mask."""
+    images = torch.randn(2, 3, 96, 160)
+    if not padded:
+        return images, None
+    mask = torch.zeros(2, 96, 160, dtype=torch.bool)
+    mask[1, 70:] = mask[1, :, 90:] = True
+    return images.masked_fill(mask[:, None], 0.0), mask
+
+
+def targets(masks=False):
+    found = []
+    for n in (3, 0):
+        centre, size = torch.rand(n, 2) * 0.4 + 0.3, torch.rand(n, 2) * 0.3 + 0.1
+        target = {"labels": torch.randint(0, 11, (n,)), "boxes": torch.cat([centre, size], 1)}
+        if masks:
+            target["masks"] = torch.rand(n, 40 + n, 64 - n) > 0.5
+        found.append(target)
+    return found
+
+
+def theirs_of(target):
+    return {"class_labels" if k == "labels" else k: v for k, v in target.items()}
+
+
+def pixel_mask(mask):
+    return None if mask is None else (~mask).long()
+
+
+@pytest.mark.parametrize(("name", "count"), PARAMETERS.items())
+def test_parameter_count(name, count):
+    with torch.device("meta"):
+        model = create_model(name)
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == count
+
+
+def test_freezing_leaves_what_the_authors_train():
+    with torch.device("meta"):
+        model = create_model("detr_resnet50")
+    model.backbone.freeze_early()
+    frozen = {k.split(".")[1] for k, p in model.named_parameters() if not p.requires_grad}
+    assert frozen == {"conv1", "layer1"}
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 41_302_368
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
+@pytest.mark.parametrize("kind", ["plain", "dilated", "masks"])
+def test_outputs(hf, kind, padded, dtype):
+    ours, theirs = pair(hf, masks=kind == "masks", dilated=kind == "dilated")
+    images, mask = batch(padded)
+    exact = copy.deepcopy(theirs).to(dtype).double()
+    ours, theirs, images = ours.to(dtype), theirs.to(dtype), images.to(dtype)
+    with torch.no_grad():
+        y = ours(images, mask)
+        torchs = theirs(images, pixel_mask(mask))
+        y64 = exact(images.double(), pixel_mask(mask))
+    for name, theirs_name in (
+        ("logits", "logits"),
+        ("boxes", "pred_boxes"),
+        ("masks", "pred_masks"),
+    ):
+        if getattr(y, name) is not None:
+            accurate(getattr(y, name), torchs[theirs_name], y64[theirs_name], name)
+    assert (y.masks is None) == (kind != "masks")
+    assert y.auxiliary == ()
+
+
+def test_padding_is_left_out():
+    model = awake(small())
+    images, mask = batch(padded=True)
+    noise = images + mask[:, None] * torch.randn_like(images)
+    with torch.no_grad():
+        pos = model(images, mask).logits
+        assert not torch.equal(pos[1], model(images).logits[1])
+        with hybridops.use("reference"):
+            torch.testing.assert_close(model(images, mask).logits, pos, rtol=1e-4, atol=1e-4)
+        # noise in the padding reaches the image through the convolutions' borders alone
+        far = mask.clone()
+        far[1, :, 32:] = True
+        away = torch.where(mask[:, None] & (torch.arange(160) > 140), noise, images)
+        assert same_bits(model(away, far).logits[0], model(images, far).logits[0])
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
+def test_loss_and_gradients(hf, padded):
+    ours, theirs = (model.train() for model in pair(hf))
+    images, mask = batch(padded)
+    wanted = targets()
+    exact = copy.deepcopy(theirs).double()
+
+    def their_loss(model, dtype):
+        labels = [
+            {k: v.to(dtype) if v.is_floating_point() else v for k, v in theirs_of(t).items()}
+            for t in wanted
+        ]
+        torch.set_default_dtype(dtype)  # their loss makes a tensor of class weights in it
+        loss = model(images.to(dtype), pixel_mask(mask), labels=labels).loss
+        torch.set_default_dtype(torch.float32)
+        loss.backward()
+        grads = {k: p.grad for k, p in model.named_parameters() if p.grad is not None}
+        return loss.detach(), keys.own_keys("transformers", grads)
+
+    torchs, torchs_grads = their_loss(theirs, torch.float32)
+    exact_loss, exact_grads = their_loss(exact, torch.float64)
+    prediction = ours(images, mask)
+    assert len(prediction.auxiliary) == 1
+    loss = set_loss(prediction._replace(auxiliary=()), wanted)["loss"]
+    loss.backward()
+    accurate(loss.detach(), torchs, exact_loss, "loss")
+    grads = {k: p.grad for k, p in ours.named_parameters() if p.grad is not None}
+    assert set(grads) == set(torchs_grads)
+    scale = max(g.square().mean().sqrt().item() for g in exact_grads.values())
+    for name, grad in grads.items():
+        accurate(grad, torchs_grads[name], exact_grads[name], name, factor=3, scale=scale)
+
+
+def random_prediction(masks=False, layers=1):
+    def layer():
+        boxes = torch.cat([torch.rand(2, 12, 2), torch.rand(2, 12, 2) * 0.5 + 0.01], -1)
+        return torch.randn(2, 12, 12, requires_grad=True), boxes.requires_grad_()
+
+    shown = torch.randn(2, 12, 24, 40, requires_grad=True) if masks else None
+    *auxiliary, last = (Prediction(*layer()) for _ in range(layers))
+    return last._replace(auxiliary=tuple(auxiliary), masks=shown)
+
+
+NAMES = {"classes": "loss_ce", "l1": "loss_bbox", "giou": "loss_giou"}
+NAMES |= {"mask": "loss_mask", "dice": "loss_dice"}
+
+
+@pytest.mark.parametrize("masks", [False, True], ids=["boxes", "masks"])
+def test_every_part_of_the_loss_and_of_its_auxiliary_layers(hf, masks):
+    from transformers.loss.loss_for_object_detection import (
+        ForObjectDetectionLoss,
+        ForSegmentationLoss,
+    )
+
+    config = hf.DetrConfig(num_labels=11, decoder_layers=3, auxiliary_loss=True)
+    prediction, wanted = random_prediction(masks, layers=3), targets(masks)
+    stack = (*prediction.auxiliary, prediction)
+    outputs = (torch.stack([p.logits for p in stack]), torch.stack([p.boxes for p in stack]))
+    labels = [theirs_of(t) for t in wanted]
+    shown = (prediction.masks,) if masks else ()
+    theirs = ForSegmentationLoss if masks else ForObjectDetectionLoss
+    total, parts, _ = theirs(
+        prediction.logits, labels, "cpu", prediction.boxes, *shown, config, *outputs
+    )
+    ours = set_loss(prediction, wanted)
+    torch.testing.assert_close(ours["loss"], total)
+    for name, value in ours.items():
+        if name != "loss":
+            stem, _, layer = name.partition("_")
+            torch.testing.assert_close(value, parts[NAMES[stem] + (layer and f"_{layer}")])
+    leaves = [t for p in stack for t in (p.logits, p.boxes)] + list(shown)
+    mine = torch.autograd.grad(ours["loss"], leaves)
+    for got, expected in zip(mine, torch.autograd.grad(total, leaves), strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+def test_no_objects_and_broken_predictions_still_give_a_loss():
+    empty = [{"labels": torch.zeros(0, dtype=torch.int64), "boxes": torch.zeros(0, 4)}] * 2
+    loss = set_loss(random_prediction(), empty)
+    assert loss["l1"] == 0
+    assert loss["loss"] == loss["classes"] > 0
+    prediction = random_prediction()
+    boxes = prediction.boxes.detach().clone()
+    boxes[0, 3] = torch.nan
+    pairs = detr.match(prediction._replace(boxes=boxes), targets(), Weights())
+    assert 3 not in pairs[0][0]
+
+
+def test_what_does_not_fit_the_loss():
+    prediction, (first, second) = random_prediction(), targets()
+    with pytest.raises(ValueError, match="2 images need 2 targets, got 1"):
+        set_loss(prediction, [first])
+    with pytest.raises(ValueError, match=r"boxes of image 0 must be \(3, 4\), got \(2, 4\)"):
+        set_loss(prediction, [first | {"boxes": first["boxes"][:2]}, second])
+    with pytest.raises(ValueError, match="labels of image 0 must be in 0 ... 10"):
+        set_loss(prediction, [first | {"labels": first["labels"] + 11}, second])
+
+
+def test_it_trains():
+    torch.manual_seed(0)
+    model = small(1, drop_rate=0.1, layers=(1, 2)).train()
+    images, mask = batch(padded=True)
+    images, mask = images[..., :96], mask[..., :96]
+    wanted = targets()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    losses = []
+    for _ in range(8):
+        optimizer.zero_grad()
+        loss = set_loss(model(images, mask), wanted)["loss"]
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def official_names(state):
+    """Ours as the authors write them: a mask head stands beside a whole DETR."""
+    panoptic = any(k.startswith("mask_head.") for k in state)
+    named = {}
+    for key, value in state.items():
+        part = key.split(".")[0]
+        if part == "backbone":
+            key = key.replace("backbone.", "backbone.0.body.", 1)
+        elif part in ("encoder", "decoder"):
+            key = "transformer." + key
+        wrapped = panoptic and part not in ("mask_head", "bbox_attention")
+        named["detr." + key if wrapped else key] = value
+    return named
+
+
+def legacy_names(state):
+    """transformers 5's names as hub checkpoints of transformers 4 have them."""
+    named = {}
+    for key, value in state.items():
+        key = key.replace("backbone.model.", "backbone.conv_encoder.model.")
+        key = key.replace(".o_proj.", ".out_proj.")
+        key = re.sub(r"(layers\.\d+)\.mlp\.fc", r"\1.fc", key)
+        key = re.sub(r"(bbox_attention\.[qk])_proj", r"\1_linear", key)
+        for i, theirs in ((1, "conv1"), (2, "conv2")):
+            key = key.replace(f"mask_head.{theirs}.conv", f"mask_head.lay{i}")
+            key = key.replace(f"mask_head.{theirs}.norm", f"mask_head.gn{i}")
+        for i in range(3):
+            stage = f"mask_head.fpn_stages.{i}."
+            key = key.replace(stage + "fpn_adapter", f"mask_head.adapter{i + 1}")
+            key = key.replace(stage + "refine.conv", f"mask_head.lay{i + 3}")
+            key = key.replace(stage + "refine.norm", f"mask_head.gn{i + 3}")
+        named[key.replace("output_conv", "out_lay")] = value
+    return named
+
+
+@pytest.mark.parametrize("masks", [False, True], ids=["boxes", "masks"])
+def test_names_of_other_implementations(hf, masks):
+    ours, theirs = pair(hf, masks=masks)
+    state = ours.state_dict()
+    assert "transformer.encoder.layers.0.self_attn.in_proj_weight" in "\n".join(
+        official_names(state)
+    )
+    for family, named in (
+        ("transformers", legacy_names(theirs.state_dict())),
+        ("official", official_names(state)),
+        ("hybridops", state),
+    ):
+        fresh = small(masks=masks)
+        extra = {"detr.model.backbone.model.bn1.num_batches_tracked": torch.tensor(0)}
+        assert load_weights(fresh, named | (extra if family == "transformers" else {})) == family
+        assert all(same_bits(v, state[k]) for k, v in fresh.state_dict().items())
+
+
+def test_weights_that_do_not_fit_change_nothing(hf):
+    ours, theirs = pair(hf)
+    state = theirs.state_dict()
+    del state["model.encoder.layers.1.self_attn.k_proj.weight"]
+    state["class_labels_classifier.weight"] = torch.zeros(5, 64)
+    fresh = small()
+    before = copy.deepcopy(fresh.state_dict())
+    with pytest.raises(WeightsError, match=r"encoder.layers.1.self_attn.in_proj_weight") as error:
+        load_weights(fresh, state)
+    assert error.value.mismatched == {"class_embed.weight": ((12, 64), (5, 64))}
+    assert "encoder.layers.1.self_attn.q_proj.weight" in error.value.unexpected
+    assert all(same_bits(v, before[k]) for k, v in fresh.state_dict().items())
+    with pytest.raises(WeightsError, match="no weights that Detr knows"):
+        load_weights(fresh, {"something": torch.zeros(1)})
+
+
+SIZES = [(480, 640), (640, 427), (427, 640), (800, 1066), (50, 2000), (33, 31), (1333, 1333)]
+
+
+def test_processing_is_transformers_own(hf):
+    from transformers.image_transforms import get_size_with_aspect_ratio
+    from transformers.models.detr.image_processing_detr import DetrImageProcessor
+
+    for size in SIZES + [(h, w) for h in range(30, 90, 7) for w in range(31, 300, 13)]:
+        for shortest, longest in ((800, 1333), (64, 100)):
+            expected = get_size_with_aspect_ratio(size, shortest, longest)
+            assert resized_shape(size, shortest, longest) == expected, size
+    photographs = [torch.randint(0, 256, (3, *size), dtype=torch.uint8) for size in SIZES[:2]]
+    processor = DetrImageProcessor(size={"shortest_edge": 64, "longest_edge": 100})
+    theirs = processor(photographs, return_tensors="pt")
+    ours = detr.preprocess(photographs, 64, 100)
+    torch.testing.assert_close(ours.images, theirs["pixel_values"], rtol=0, atol=1e-5)
+    assert torch.equal(ours.padding_mask, theirs["pixel_mask"] == 0)
+    assert detr.preprocess(photographs[:1]).padding_mask is None
+
+    prediction = random_prediction()
+    outputs = SimpleNamespace(logits=prediction.logits, pred_boxes=prediction.boxes)
+    expected = processor.post_process_object_detection(outputs, 0.3, ours.sizes)
+    for got, want in zip(detr.detections(prediction, ours, 0.3), expected, strict=True):
+        order = want["scores"].argsort(descending=True)
+        assert 0 < len(order) < 12
+        torch.testing.assert_close(got.scores, want["scores"][order])
+        torch.testing.assert_close(got.boxes, want["boxes"][order])
+        assert torch.equal(got.labels, want["labels"][order])
+
+
+def test_masks_come_back_in_the_photographs_size():
+    photographs = [torch.randint(0, 256, (3, *s), dtype=torch.uint8) for s in ((60, 90), (40, 70))]
+    prepared = detr.preprocess(photographs, 64, 100)
+    prediction = random_prediction(masks=True)
+    size = tuple(-(-n // 4) for n in prepared.images.shape[2:])
+    masks = torch.full((2, 12, *size), -1.0)
+    masks[:, :, :, : size[1] // 2] = 1.0  # the left half of the padded image
+    for found, (_, w), photograph in zip(
+        detr.detections(prediction._replace(masks=masks), prepared, 0.1),
+        prepared.resized,
+        photographs,
+        strict=True,
+    ):
+        assert found.masks.shape == (len(found.scores), *photograph.shape[1:])
+        share = found.masks.float().mean().item()
+        assert abs(share - prepared.images.shape[3] / 2 / w) < 0.05
+    none = detr.detections(prediction._replace(masks=masks), prepared, 1.1)[0]
+    assert none.masks.shape == (0, 60, 90)
+
+
+def test_what_does_not_fit_the_model():
+    model = small()
+    with pytest.raises(ValueError, match=r"images must be \(B, 3, H, W\), got \(2, 1, 64, 64\)"):
+        model(torch.zeros(2, 1, 64, 64))
+    with pytest.raises(TypeError, match="padding_mask must be bool"):
+        model(torch.zeros(2, 3, 64, 64), torch.zeros(2, 64, 64))
+    with pytest.raises(ValueError, match=r"padding_mask must be \(2, 64, 64\), got \(2, 64, 32\)"):
+        model(torch.zeros(2, 3, 64, 64), torch.zeros(2, 64, 32, dtype=torch.bool))
+    with pytest.raises(TypeError, match="must be uint8"):
+        detr.preprocess([torch.zeros(3, 8, 8)])
+    with pytest.raises(ValueError, match="got none"):
+        detr.preprocess([])
+
+
+def test_other_weights_are_seen_after_an_evaluation():
+    model, other = awake(small()), small()
+    images, mask = batch(padded=True)
+    with torch.no_grad():
+        before = model(images, mask).logits
+        model.load_state_dict(other.state_dict())
+        torch.testing.assert_close(model(images, mask).logits, other(images, mask).logits)
+        assert not torch.equal(model(images, mask).logits, before)
+
+
+def test_compiles_whole():
+    model = awake(small(1, layers=(1, 1)))
+    images, mask = batch(padded=True)
+    with torch.no_grad():
+        expected = model(images, mask)
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        for image, m in ((images, mask), (images[:1], mask[:1])):
+            torch.testing.assert_close(compiled(image, m).boxes, expected.boxes[: len(image)])
+
+
+def test_names():
+    assert len(detr.COCO) == 91
+    named = {1: "person", 17: "cat", 44: "bottle", 67: "dining table", 90: "toothbrush"}
+    assert {i: detr.COCO[i] for i in named} == named
+    assert detr.COCO.count("N/A") == 11
+    assert set(PARAMETERS) <= set(models.list_models("detr_*"))
