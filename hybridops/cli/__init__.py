@@ -75,6 +75,7 @@ def _build_parser() -> argparse.ArgumentParser:
 
     _add_bench(add)
     _add_demo(add)
+    _add_detect(add)
     _add_doctor(add)
     _add_explain(add)
     _add_optimize(add)
@@ -112,6 +113,24 @@ def _add_demo(add) -> None:
     demo.add_argument("--threads", type=_positive, metavar="N", help="default: as torch chooses")
     demo.add_argument("--quick", action="store_true", help="few rounds: a try, not a measurement")
     _add_download(demo)
+
+
+def _add_detect(add) -> None:
+    detect = add(
+        "detect",
+        "draw the objects that DETR sees on photographs",
+        "--out boxes",
+        "street.jpg cat.png --out boxes --model detr_resnet101 --threshold 0.9",
+    )
+    detect.add_argument(
+        "images", nargs="*", metavar="IMAGE", help="default: scikit-learn's two sample photographs"
+    )
+    detect.add_argument("--out", type=Path, required=True, metavar="DIR", help="for the drawings")
+    detect.add_argument("--model", default="detr_resnet50", metavar="MODEL", help="detr_*")
+    detect.add_argument("--weights", type=Path, metavar="FILE", help="default: the authors'")
+    detect.add_argument(
+        "--threshold", type=float, default=0.7, metavar="P", help="least score (default: 0.7)"
+    )
 
 
 def _add_doctor(add) -> None:

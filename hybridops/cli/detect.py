@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import threading
 import time
-import urllib.request
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -17,12 +15,12 @@ from .. import models
 from ..models import WeightsError, create_model, detr, load_weights
 from ..optimize.gates import SEED
 from . import UserError
-from .images import Photograph, open_photographs, sample_photographs
+from .images import open_photographs, sample_photographs
+from .models import why_silent
 
 if TYPE_CHECKING:
     from PIL import Image
 
-_ANSWER_SECONDS = 3.0
 _COLOURS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080", "#9a6324", "#000075")
 
 
@@ -113,7 +111,7 @@ def _load(name: str, weights: Path | None) -> tuple[nn.Module, str, bool]:
             raise UserError(str(error)) from None
         return model, f"weights of {weights} ({family})", True
     url = detr.PRETRAINED[name]
-    why = "" if _is_cached(url) else _why_silent(url)
+    why = "" if _is_cached(url) else why_silent(url)
     if not why:
         try:
             print(f"{name}: weights from {url}", flush=True)

@@ -93,7 +93,7 @@ class Hub:
             return Path(cached), ""
         if self._silent is None:
             self._silent = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else ""
-            self._silent = self._silent or _why_silent(constants.ENDPOINT)
+            self._silent = self._silent or why_silent(constants.ENDPOINT)
         return (None, self._silent) if self._silent else self._download(repo)
 
     def _download(self, repo: str) -> tuple[Path | None, str]:
@@ -115,7 +115,8 @@ class Hub:
         return path, ""
 
 
-def _why_silent(endpoint: str) -> str:
+def why_silent(endpoint: str) -> str:
+    """Why nothing can be had from a hub, or "" when it answers; never waits long."""
     outcome = [f"the hub did not answer within {_ANSWER_SECONDS:.0f} s"]
 
     def ask() -> None:
