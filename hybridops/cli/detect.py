@@ -54,7 +54,7 @@ def run(arguments: argparse.Namespace) -> int:
             flush=True,
         )
     if not trained:
-        print("the boxes mean nothing: these weights were never trained")
+        print("boxes mean nothing: these weights were never trained (--threshold 0 draws them)")
     return 0
 
 
