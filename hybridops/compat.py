@@ -54,3 +54,13 @@ def _import(name: str) -> ModuleType:
 def _forget(package: str) -> None:
     for name in [n for n in sys.modules if n == package or n.startswith(package + ".")]:
         del sys.modules[name]
+
+
+def register_transformers() -> None:
+    """Make `attn_implementation="hybridops"` known to transformers (attention and mask function).
+
+    optimize() calls it for models of transformers. Raises ImportError where that is missing.
+    """
+    from .hf import register
+
+    register()

@@ -110,7 +110,7 @@ def _norm_sources(norm):
 def norm_affine(norm: Any) -> tuple[Tensor, Tensor]:
     """An eval-mode BatchNorm as y = x * scale + shift, in fp64 so that folding adds no error."""
     mean, var = norm.running_mean.double(), norm.running_var.double()
-    scale = (var + norm.eps).rsqrt()
+    scale = (var + getattr(norm, "eps", 1e-5)).rsqrt()  # frozen ones may have it in their code
     if norm.weight is not None:
         scale = scale * norm.weight.double()
     shift = -mean * scale

@@ -157,6 +157,11 @@ class Fast:
         return None
 
     @classmethod
+    def torchs_own(cls, original: Any) -> nn.Module:
+        """The original (verify()'s copy) in the memory format in which the rule computes."""
+        return original
+
+    @classmethod
     def on_swap(cls, module: Any) -> None:
         """Whatever changes beside the class; on_restore takes it back."""
 

@@ -17,6 +17,7 @@ from torch import nn
 from .fast import Fast, dotted
 
 _HERE = "hybridops.optimize"
+_DETR = "transformers.models.detr.modeling_detr:Detr"
 RULES: dict[str, str | type[Fast]] = {
     "hybridops.models.levit:Levit": f"{_HERE}.ours:FastLevit",
     "hybridops.models.cpvt:Cpvt": f"{_HERE}.ours:FastCpvt",
@@ -51,6 +52,12 @@ RULES: dict[str, str | type[Fast]] = {
     "timm.models.levit:LevitBlock": f"{_HERE}.timm_levit:FastLevitBlock",
     "timm.models.levit:LevitDownsample": f"{_HERE}.timm_levit:FastLevitDownsample",
     "timm.models.levit:LevitDistilled": f"{_HERE}.timm_levit:FastLevitDistilled",
+    f"{_DETR}SelfAttention": f"{_HERE}.transformers_detr:FastSelfAttention",
+    f"{_DETR}CrossAttention": f"{_HERE}.transformers_detr:FastCrossAttention",
+    f"{_DETR}MLP": f"{_HERE}.transformers_detr:FastMLP",
+    f"{_DETR}EncoderLayer": f"{_HERE}.transformers_detr:FastEncoderLayer",
+    f"{_DETR}DecoderLayer": f"{_HERE}.transformers_detr:FastDecoderLayer",
+    f"{_DETR}ConvEncoder": f"{_HERE}.transformers_backbone:FastConvEncoder",
     "timm.models.twins:Twins": f"{_HERE}.timm_twins:FastTwins",
     "timm.models.twins:Block": f"{_HERE}.timm_twins:FastBlock",
     "timm.models.twins:PatchEmbed": f"{_HERE}.timm_twins:FastPatchEmbed",

@@ -6,10 +6,11 @@ derives from them is cached beside them and dropped by restore().
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, TypeVar
@@ -17,6 +18,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from .. import backend as backends
+from ..compat import register_transformers
 from ..nn import _derived
 from . import rules
 from .fast import PLAN, Fast, Plan, dotted, original_class
@@ -94,6 +96,9 @@ def optimize(
     options = {"mode": mode, "fold": fold, "precision": precision, "backend": backend}
     _check_options(model, options, example, verify)
     rules.load_plugins()
+    if "transformers" in sys.modules:
+        with suppress(ImportError):  # transformers 4 has no place to register at
+            register_transformers()
     patterns = [exclude] if isinstance(exclude, str) else list(exclude)
     journal = model.__dict__.get(JOURNAL)
     if journal is not None and journal.options != options:

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ... import backend
-from ...nn._derived import derived, fold_behind
-from ...nn._fusion import CONVS, finish, is_plain
+from ...nn._fusion import CONVS, SEQUENTIALS, finish, is_plain
+from ...nn.conv import conv_of
 
 
 class FrozenBatchNorm2d(nn.Module):
@@ -46,26 +46,18 @@ def conv_norm(
     x: Tensor,
     activation: str = "none",
     residual: Tensor | None = None,
+    overwrite: bool = False,
 ) -> Tensor:
-    """activation(norm(conv(x)) + residual) for two children of owner."""
+    """activation(norm(conv(x)) + residual) for two children of owner.
+
+    overwrite: the result may lie in the residual's memory.
+    """
     conv: Any = owner._modules[conv_name]
     norm: Any = owner._modules[norm_name]
     if backend.reference_forced() or not (is_plain(conv, CONVS) and is_plain(norm, FROZEN)):
         y = norm(conv(x))
-    else:
-        weight, bias = _folded(owner, conv_name, conv, norm)
-        y = F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation)
-    return finish(y if residual is None else y + residual, activation)
-
-
-def _folded(owner, name, conv, norm):
-    sources = (conv.weight, norm.weight, norm.bias, norm.running_mean, norm.running_var)
-
-    def fold():
-        weight, bias = fold_behind(conv.weight, None, norm)
-        return weight.contiguous(memory_format=torch.channels_last), bias
-
-    return derived(owner, name, sources, fold)
+        return finish(y if residual is None else y + residual, activation)
+    return conv_of(owner, conv_name, conv, norm)(x, activation, residual, overwrite)
 
 
 class Bottleneck(nn.Module):
@@ -87,11 +79,13 @@ class Bottleneck(nn.Module):
             conv = nn.Conv2d(in_channels, out, 1, stride, bias=False)
             self.downsample = nn.Sequential(conv, FrozenBatchNorm2d(out))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, overwrite: bool = False) -> Tensor:
+        """overwrite: nobody but the caller holds x, who wants it no more."""
+        overwrite = overwrite or self.downsample is not None
         identity = x if self.downsample is None else conv_norm(self.downsample, "0", "1", x)
         y = conv_norm(self, "conv1", "bn1", x, "relu")
         y = conv_norm(self, "conv2", "bn2", y, "relu")
-        return conv_norm(self, "conv3", "bn3", y, "relu", residual=identity)
+        return conv_norm(self, "conv3", "bn3", y, "relu", identity, overwrite)
 
 
 class ResNet(nn.Module):
@@ -134,6 +128,15 @@ class ResNet(nn.Module):
         x = F.max_pool2d(x, 3, 2, 1)
         features = []
         for i in range(1, 5):
-            x = self.get_submodule(f"layer{i}")(x)
+            x = _run(self.get_submodule(f"layer{i}"), x)
             features.append(x)
         return features
+
+
+def _run(stage: Any, x: Tensor) -> Tensor:
+    """stage(x), with each block's result in the memory of the one in front, if none is watched."""
+    if not is_plain(stage, SEQUENTIALS) or any(not is_plain(b, {Bottleneck}) for b in stage):
+        return stage(x)
+    for i, block in enumerate(stage):
+        x = block(x, overwrite=i > 0)
+    return x
