@@ -203,21 +203,19 @@ struct PatchSource {
   const float* buffers;  // all images, padded
   int64_t buffer_floats;
 
-  static const float* rows(const void* context, int64_t first, int64_t rows, float* buffer,
-                           int64_t* stride) {
+  static ChunkOfRows rows(const void* context, int64_t first, int64_t rows, float* buffer) {
     const auto& s = *(const PatchSource*)context;
     const Layer& l = s.layer;
     const int64_t pixels = l.out.H * l.out.W, K = l.Kh * l.Kw * l.Ci;
     const Window2d window{l.Kh,   l.Kw, l.stride, l.Ci, l.in.W + l.padding.left + l.padding.right,
                           l.out.W};
-    *stride = K;
     for (int64_t done = 0; done < rows;) {
       const int64_t b = (first + done) / pixels, at = (first + done) % pixels;
       const int64_t n = std::min(rows - done, pixels - at);
       simd::gather_patches(s.buffers + b * s.buffer_floats, window, at, n, buffer + done * K);
       done += n;
     }
-    return buffer;
+    return {buffer, Type::kFloat, K};
   }
 };
 

@@ -120,15 +120,12 @@ Tensor linear(Tensor x, Tensor weight, std::optional<Tensor> bias, std::optional
   return y;
 }
 
-const float* token_rows(const void* context, int64_t first, int64_t rows, float* buffer,
-                        int64_t* stride) {
+ChunkOfRows token_rows(const void* context, int64_t first, int64_t rows, float* buffer) {
   const RowView& x = *(const RowView*)context;
   const void* from = offset(x.data, x.type, first * x.stride);
-  *stride = x.stride;
-  if (x.type == Type::kFloat) return (const float*)from;
-  *stride = x.n;
+  if (x.type == product_type(x.type)) return {from, x.type, x.stride};
   simd::to_float(from, x.type, x.stride, rows, x.n, buffer, x.n);
-  return buffer;
+  return {buffer, Type::kFloat, x.n};
 }
 
 std::tuple<Tensor, Tensor, Tensor> linear_backward(Tensor dy, Tensor x, Tensor weight) {
@@ -280,6 +277,7 @@ void weight_gradient(const RowView& dz, int64_t N, int64_t K, RowChunk chunk, co
       // cache set.
       const int64_t stride_dz = (divide_up(n, 16) | 1) * 16;
       float* gradients = scratch.take(kGradientChunk * stride_dz);
+      float* columns = scratch.take(n * kGradientChunk);  // bf16: dz transposed
       float* buffer = scratch.take(kGradientChunk * K);
       float* packed = scratch.take(simd::packed_floats(K, {Type::kFloat, kGradientChunk}));
       float* bias = scratch.take(n);
@@ -289,14 +287,20 @@ void weight_gradient(const RowView& dz, int64_t N, int64_t K, RowChunk chunk, co
       if (M == 0) std::fill(sums, sums + n * K, 0.0f);
       for (int64_t m = 0; m < M; m += kGradientChunk) {
         const int64_t rows = std::min(kGradientChunk, M - m);
-        int64_t stride = 0;
-        const float* x = chunk(context, m, rows, buffer, &stride);
-        simd::to_float(offset(dz.data, dz.type, m * dz.stride + first), dz.type, dz.stride, rows, n,
-                       gradients, stride_dz);
+        const ChunkOfRows x = chunk(context, m, rows, buffer);
+        const void* dz_rows = offset(dz.data, dz.type, m * dz.stride + first);
+        simd::to_float(dz_rows, dz.type, dz.stride, rows, n, gradients, stride_dz);
         simd::add_rows(gradients, stride_dz, rows, n, bias);
-        simd::pack(x, Type::kFloat, stride, 1, {Type::kFloat, rows}, K, 0, simd::panel_count(K),
-                   packed);
-        simd::product_transposed(gradients, stride_dz, n, rows, packed, K, sums, K, m > 0);
+        simd::pack(x.data, x.type, x.stride, 1, {x.type, rows}, K, 0, simd::panel_count(K), packed);
+        if (x.type == Type::kFloat) {
+          simd::product_transposed(gradients, stride_dz, n, rows, packed, K, sums, K, m > 0);
+          continue;
+        }
+        simd::transpose_bf16(dz_rows, dz.stride, rows, n, columns, kGradientChunk);
+        Output output{sums, Type::kFloat, plain_rows(K)};
+        if (m > 0) output.residual = sums, output.residual_grid = plain_rows(K);
+        simd::product(Rows{columns, x.type, plain_rows(kGradientChunk), rows}, 0, n, packed, K, 0,
+                      simd::panel_count(K), output);
       }
       if (type != Type::kFloat)
         simd::from_float(sums, K, n, K, offset(dweight.mutable_data_ptr(), type, first * K), type,

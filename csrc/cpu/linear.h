@@ -48,10 +48,13 @@ void linear_pair(const RowView& x, const LinearWeights& up, int64_t activation,
 const float* panels_of(Scratch& scratch, const Tensor& weight, const std::optional<Tensor>& packed);
 
 // dweight (N, K) = dz.T @ x and dbias (N) = sum of dz, where chunk(first, rows, buffer) gives rows
-// [first, first + rows) of x as fp32 rows of K numbers, in `buffer` or wherever they already lie
-// (*stride apart).
-using RowChunk = const float* (*)(const void* context, int64_t first, int64_t rows, float* buffer,
-                                  int64_t* stride);
+// [first, first + rows) of x, K numbers each: in fp32 in `buffer`, or wherever they already lie.
+struct ChunkOfRows {
+  const void* data;
+  simd::Type type;  // fp32, or dz's where that is a product type
+  int64_t stride;
+};
+using RowChunk = ChunkOfRows (*)(const void* context, int64_t first, int64_t rows, float* buffer);
 void weight_gradient(const RowView& dz, int64_t N, int64_t K, RowChunk chunk, const void* context,
                      Tensor& dweight, Tensor& dbias);
 

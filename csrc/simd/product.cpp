@@ -204,6 +204,16 @@ HYBRIDOPS_INLINE Vec pairs(const BFloat16* even, const BFloat16* odd, int64_t n)
   return (Vec)(odd ? low | (VecInt)load_some(odd, n) : low);
 }
 
+// 8 slots, of which `n` hold numbers.
+HYBRIDOPS_INLINE void store8(float* y, const BFloat16* even, const BFloat16* odd, int64_t n) {
+  BFloat16 a[8] = {}, b[8] = {};
+  std::memcpy(a, even, n * sizeof *a);
+  if (odd) std::memcpy(b, odd, n * sizeof *b);
+  const __m128i low = _mm_loadu_si128((const __m128i*)a), high = _mm_loadu_si128((const __m128i*)b);
+  _mm_storeu_si128((__m128i*)y, _mm_unpacklo_epi16(low, high));
+  _mm_storeu_si128((__m128i*)(y + 4), _mm_unpackhi_epi16(low, high));
+}
+
 // A panel of bf16 slots.
 void pack_pairs(const BFloat16* source, int64_t stride_k, int64_t stride_n, const Depth& K,
                 int64_t columns, int64_t width, float* panel) {
@@ -346,6 +356,25 @@ void product_transposed(const float* a, int64_t stride_a, int64_t M, int64_t K, 
         panels.width(p), 0, M,
         TransposedTile{a, stride_a, K, packed + first * K, first, N, c, stride_c, accumulate});
   }
+}
+
+void transpose_bf16(const void* x, int64_t stride_x, int64_t rows, int64_t n, void* y,
+                    int64_t stride_y) {
+  const auto* from = (const BFloat16*)x;
+  float block[8][8];
+  for (int64_t r = 0; r < rows; r += 16)  // 16 rows are 8 slots, two numbers of a column each
+    for (int64_t c = 0; c < n; c += 8) {
+      const int64_t columns = std::min<int64_t>(n - c, 8),
+                    slots = (std::min<int64_t>(rows - r, 16) + 1) / 2;
+      for (int64_t s = 0; s < slots; ++s) {
+        const BFloat16* even = from + (r + 2 * s) * stride_x + c;
+        const BFloat16* odd = r + 2 * s + 1 < rows ? even + stride_x : nullptr;
+        store8(block[s], even, odd, columns);
+      }
+      transpose8(block[0], 8, block[0], 8);
+      for (int64_t i = 0; i < columns; ++i)
+        std::memcpy((BFloat16*)y + (c + i) * stride_y + r, block[i], slots * sizeof(float));
+    }
 }
 
 void to_float(const void* x, Type type, int64_t stride_x, int64_t rows, int64_t n, float* y,

@@ -79,6 +79,11 @@ int64_t padded_columns(int64_t N);
 void product_transposed(const float* a, int64_t stride_a, int64_t M, int64_t K, const float* packed,
                         int64_t N, float* c, int64_t stride_c, bool accumulate);
 
+// x (rows, n) of bf16 as its transpose y (n, rows), rows of y `stride_y` apart; an odd number of
+// rows gains one of zeros.
+void transpose_bf16(const void* x, int64_t stride_x, int64_t rows, int64_t n, void* y,
+                    int64_t stride_y);
+
 // Rows of n numbers converted to and from fp32.
 void to_float(const void* x, Type type, int64_t stride_x, int64_t rows, int64_t n, float* y,
               int64_t stride_y);
