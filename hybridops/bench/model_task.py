@@ -88,13 +88,7 @@ def model_task(
         return [torch.randn(batch, 3, size, size, generator=generator)]
 
     def ours(task: Task) -> Candidate:
-        twin = task.cast_module()
-        if mode == "train":
-            twin.train()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # built of our modules: nothing to replace is no news
-            twin = optimize(twin, mode="train" if mode == "train" else "inference", strict=False)
-        return task.candidate("hybridops", twin, "cpu")
+        return task.candidate("hybridops", optimized(task), "cpu")
 
     repro = f"hybridops bench model {name} --batch {batch} --size {size} --dtype {dtype}"
     return Task(
@@ -112,6 +106,15 @@ def model_task(
         repro=f"{repro} --mode {mode} --threads {threads}",
         seed=seed,
     )
+
+
+def optimized(task: Task, backend: str = "auto") -> nn.Module:
+    """An optimized copy of the task's model, in the task's dtype and mode."""
+    twin = task.cast_module()
+    mode = "train" if task.mode == "train" else "inference"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # built of our modules: nothing to replace is no news
+        return optimize(twin.train(mode == "train"), mode, backend=backend, strict=False)
 
 
 def without_dropout(model: nn.Module) -> nn.Module:

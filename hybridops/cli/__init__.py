@@ -79,6 +79,7 @@ def _build_parser() -> argparse.ArgumentParser:
     _add_doctor(add)
     _add_explain(add)
     _add_optimize(add)
+    _add_profile(add)
     return parser
 
 
@@ -168,6 +169,32 @@ def _add_optimize(add) -> None:
     _add_download(optimize)
 
 
+def _add_profile(add) -> None:
+    profile = add(
+        "profile",
+        "show where a model's time goes, layer by layer, before and after optimize()",
+        "timm:levit_128s",
+        "timm:levit_256 --batch 16 --dtype fp32,bf16 --threads 2 --out levit.html",
+    )
+    profile.add_argument("model", metavar="MODEL", help=f"{MODEL_HELP}; or hf:NAME")
+    profile.add_argument("--batch", type=_positive, default=1, metavar="N", help="default: 1")
+    profile.add_argument("--size", type=_positive, metavar="N", help="of the square images")
+    profile.add_argument("--dtype", type=_dtypes, default=["fp32"], metavar="fp32,bf16")
+    profile.add_argument("--threads", type=_positive, metavar="N", help="default: as torch chooses")
+    profile.add_argument("--depth", type=_positive, metavar="N", help="default: up to 24 rows")
+    profile.add_argument("--backend", default="auto", help="as for optimize() (default: auto)")
+    profile.add_argument("--out", type=Path, metavar="FILE.html", help="draw both sides")
+    profile.add_argument("--json", type=Path, metavar="FILE", help="write every module as JSON")
+    profile.add_argument("--quiet", action="store_true", help="no table, no progress")
+
+
+def need_folder(*paths: Path | None) -> None:
+    """Refuse a file that could not be written, before anything is measured."""
+    for path in paths:
+        if path is not None and not path.resolve().parent.is_dir():
+            raise UserError(f"{path}: there is no directory {path.resolve().parent}")
+
+
 def _add_download(command) -> None:
     command.add_argument(
         "--download-seconds",
@@ -176,6 +203,13 @@ def _add_download(command) -> None:
         metavar="S",
         help="longest wait for weights from a hub that answers (default: 40)",
     )
+
+
+def _dtypes(text: str) -> list[str]:
+    names = text.split(",")
+    if not set(names) <= {"fp32", "bf16"}:
+        raise argparse.ArgumentTypeError(f"must be of fp32 and bf16, got {text!r}")
+    return names
 
 
 def _positive(text: str) -> int:

@@ -11,7 +11,7 @@ from ..bench import jobs, peers, regress, result, roof, table
 from ..bench.cases import CASES
 from ..bench.environment import environment
 from ..bench.sample import Settings
-from . import UserError
+from . import UserError, need_folder
 
 SAVED = Path(".benchmarks") / "hybridops"
 
@@ -100,9 +100,7 @@ def _measure(planned: list[jobs.Job], arguments: argparse.Namespace) -> int:
     base = result.rows_of(result.load(_saved(arguments.baseline))) if arguments.baseline else None
     if arguments.save is not None:
         _saved(arguments.save)  # a bad name is refused before anything is measured
-    for path in (arguments.json, arguments.csv):
-        if path is not None and not path.resolve().parent.is_dir():
-            raise UserError(f"{path}: there is no directory {path.resolve().parent}")
+    need_folder(arguments.json, arguments.csv)
     bar = table.Bar(len(planned), arguments.quiet)
     rows: list[result.Row] = []
     try:

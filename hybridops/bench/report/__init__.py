@@ -1,33 +1,20 @@
-"""Results as one HTML file: pictures first, then every row with the command that repeats it.
-
-The file needs nothing else: no script, font or image, and its policy forbids the browser to fetch
-any. Whatever a result file says is text here, whoever wrote it.
-"""
+"""Results as one HTML file: pictures first, then every row with the command that repeats it."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from itertools import zip_longest
 from pathlib import Path
 
-import hybridops
-
 from .. import result
 from . import plots, tables
-from .page import Run, e, many, row_title, short
+from .page import Run, e, machine, many, page, row_title, short, write_page
 
 
 def write_report(paths: Sequence[Path], output: Path) -> None:
     """Draw the result files at `paths` into `output`. Raises BadResult for what is none."""
     text = report_html([result.load(path) for path in paths], [path.name for path in paths])
-    output = Path(output)
-    fresh = output.with_name(f".{output.name}.{os.getpid()}")
-    try:
-        fresh.write_text(text, encoding="utf-8")
-        os.replace(fresh, output)
-    finally:
-        fresh.unlink(missing_ok=True)
+    write_page(text, output)
 
 
 def report_html(documents: Sequence[dict], names: Sequence[str] = ()) -> str:
@@ -50,23 +37,10 @@ def report_html(documents: Sequence[dict], names: Sequence[str] = ()) -> str:
         ("machine", "Machine", tables.machines(runs)),
     ]
     kept = [(anchor, title, body) for anchor, title, body in sections if body]
-    links = "".join(f'<a href="#{anchor}">{title}</a>' for anchor, title, _ in kept)
-    bodies = "".join(
-        f'<section aria-labelledby="{anchor}"><h2 id="{anchor}">{title}</h2>{body}</section>'
-        for anchor, title, body in kept
-    )
-    style = (Path(__file__).parent / "report.css").read_text(encoding="utf-8")
-    policy = "default-src 'none'; style-src 'unsafe-inline'"
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>hybridops bench: {e(_what(runs))}</title>\n<style>\n{style}</style></head>\n"
-        f"<body><main><header><h1>{e(_what(runs))}</h1>{_lead(runs)}{_alert(runs)}"
-        f'<nav aria-label="Sections">{links}</nav></header>{bodies}'
-        f"<footer>Drawn by hybridops {e(hybridops.__version__)}. The numbers are those of the "
-        "result files; nothing was measured for the drawing.</footer></main></body></html>\n"
-    )
+    what = e(_what(runs))
+    foot = "The numbers are those of the result files; nothing was measured for the drawing."
+    head = f"<h1>{what}</h1>{_lead(runs)}{_alert(runs)}"
+    return page(f"hybridops bench: {what}", head, kept, foot)
 
 
 def _overlap(runs: Sequence[Run]) -> bool:
@@ -84,12 +58,9 @@ def _what(runs: Sequence[Run]) -> str:
 
 
 def _lead(runs: Sequence[Run]) -> str:
-    env = runs[0].env if runs else {}
-    facts = [env.get("cpu"), many(env.get("cores"), "core"), env.get("gpu")]
-    facts += [f"torch {env.get('torch')}", str(env.get("date", ""))[:10]]
+    words = machine(runs[0].env if runs else {})
     timed = sum(row.median_ms is not None for run in runs for row in run.rows)
     compared = sum(len(run.comparisons) for run in runs)
-    words = " · ".join(e(f) for f in facts if f)
     return f"<p>{words}<br>{many(compared, 'comparison')}, {many(timed, 'row')} timed.</p>"
 
 

@@ -1,11 +1,19 @@
-"""What the sections of the report are made of: runs, panels, titles and escaped text."""
+"""The page around a report, and what its sections are made of: runs, panels, escaped text.
+
+The file needs nothing else: no script, font or image, and its policy forbids the browser to fetch
+any. Whatever a result file says is text here, whoever wrote it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from html import escape
+from pathlib import Path
 from typing import Any
+
+import hybridops
 
 from ..result import Row
 
@@ -29,6 +37,44 @@ class Run:
                 self.comparisons.append([])
             self.comparisons[-1].append(row)
             last = row.key()
+
+
+def page(title: str, head: str, sections: Sequence[tuple[str, str, str]], foot: str) -> str:
+    """The whole file. sections: (anchor, title, body); title, head and bodies are HTML."""
+    links = "".join(f'<a href="#{anchor}">{name}</a>' for anchor, name, _ in sections)
+    bodies = "".join(
+        f'<section aria-labelledby="{anchor}"><h2 id="{anchor}">{name}</h2>{body}</section>'
+        for anchor, name, body in sections
+    )
+    style = (Path(__file__).parent / "report.css").read_text(encoding="utf-8")
+    policy = "default-src 'none'; style-src 'unsafe-inline'"
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{title}</title>\n<style>\n{style}</style></head>\n<body><main><header>{head}"
+        f'<nav aria-label="Sections">{links}</nav></header>{bodies}'
+        f"<footer>Drawn by hybridops {e(hybridops.__version__)}. {foot}</footer>"
+        "</main></body></html>\n"
+    )
+
+
+def write_page(text: str, output: Path) -> None:
+    """Write it whole or not at all."""
+    output = Path(output)
+    fresh = output.with_name(f".{output.name}.{os.getpid()}")
+    try:
+        fresh.write_text(text, encoding="utf-8")
+        os.replace(fresh, output)
+    finally:
+        fresh.unlink(missing_ok=True)
+
+
+def machine(env: dict[str, Any]) -> str:
+    """The machine in a line, escaped."""
+    facts = [env.get("cpu"), many(env.get("cores"), "core"), env.get("gpu")]
+    facts += [f"torch {env.get('torch')}", str(env.get("date", ""))[:10]]
+    return " · ".join(e(f) for f in facts if f)
 
 
 def panel_title(run: Run, row: Row) -> str:
