@@ -17,7 +17,7 @@ from hybridops.cli import doctor, main
 from hybridops.cli.images import open_photographs, to_tensor
 from hybridops.cli.models import Hub, resolve
 
-COMMANDS = ("demo", "doctor", "explain", "optimize")
+COMMANDS = ("demo", "doctor", "explain", "optimize", "profile")
 
 
 def in_new_process(*arguments, **environment):

@@ -32,6 +32,7 @@ from .task import Candidate, Task
 
 LEAST_WATCHED, MOST_WATCHED = 5, 50
 _WATCHED_SECONDS = 1.0  # of each side, about
+_KERNELS = {"hybridops": "", "mkldnn": "oneDNN conv"}  # by namespace: the word, or the op's own
 
 
 @dataclass
@@ -161,7 +162,7 @@ class Watch:
 
 
 class _Kernels(TorchDispatchMode):
-    """Counts the calls of our ops by the module that makes them."""
+    """Counts the calls of our ops, and of packed convolutions, by the module that makes them."""
 
     def __init__(self, watch: Watch) -> None:
         super().__init__()
@@ -169,8 +170,9 @@ class _Kernels(TorchDispatchMode):
         self.found: defaultdict[str, Counter[str]] = defaultdict(Counter)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "hybridops" and self.watch.inside:
-            self.found[self.watch.inside[-1]][func._schema.name.partition("::")[2]] += 1
+        if func.namespace in _KERNELS and self.watch.inside:
+            word = _KERNELS[func.namespace] or func._schema.name.partition("::")[2]
+            self.found[self.watch.inside[-1]][word] += 1
         return func(*args, **(kwargs or {}))
 
 
@@ -270,7 +272,7 @@ class Row:
 
 
 SMALL = 0.005  # of both sides: such rows are put together
-MOST_ROWS = 24
+MOST_ROWS = 30
 
 
 def rows(profile: Profile, depth: int | None = None) -> list[Row]:
@@ -302,15 +304,16 @@ class _Cut:
 
     def _down(self, eager: Node, optimized: Node, depth: int) -> None:
         pairs = list(zip(eager.children, optimized.children, strict=True))
-        both = [(a, b) for a, b in pairs if _alike(a, b) and a.called]
-        alone = [(a, b) for a, b in pairs if not _alike(a, b)]
+        both = [(a, b) for a, b in pairs if alike(a, b) and a.called]
         if not depth or not both:
             self._add(eager.name or "(model)", [(eager, optimized)])
             return
+        alone = list(_alone(eager, optimized, depth)) if eager.calls or not eager.name else []
         if alone:
-            own = [(Node("", n.own, 1, n.kernels)) for n in (eager, optimized)]
-            parts = " + ".join(a.name.rpartition(".")[2] for a, _ in alone)
-            self._add(f"{eager.name or '(model)'}: {parts}", [(own[0], own[1]), *alone])
+            itself = Node("", eager.own, 1), Node("", optimized.own, 1, optimized.kernels)
+            start = len(eager.name) + 1 if eager.name else 0
+            parts = " + ".join(a.name[start:] for a, _ in alone)
+            self._add(f"{eager.name or '(model)'}: {parts}", [itself, *alone])
         else:
             self.glue.eager_ms += eager.own
             self.glue.optimized_ms += optimized.own
@@ -332,7 +335,16 @@ class _Cut:
         return [*(r for r in self.found if r not in small), rest]
 
 
-def _alike(a: Node, b: Node) -> bool:
+def _alone(eager: Node, optimized: Node, depth: int) -> Iterator[tuple[Node, Node]]:
+    """The children that one side computes itself, also those that only a container holds."""
+    for a, b in zip(eager.children, optimized.children, strict=True):
+        if not alike(a, b):
+            yield a, b
+        elif depth > 1 and not a.calls:
+            yield from _alone(a, b, depth - 1)
+
+
+def alike(a: Node, b: Node) -> bool:
     """Whether both sides call it, or neither does: else its parent computes it on one of them."""
     return a.called == b.called and bool(a.calls) == bool(b.calls)
 
@@ -344,7 +356,7 @@ def how_served(nodes: list[Node], layers: Mapping[str, Layer]) -> str:
     parts = [", ".join(f"{op} ×{n}" if n > 1 else op for op, n in ran.most_common())] if ran else []
     left: Counter[str] = Counter()
     for node in below:
-        reason = layers[node.name].reason if node.name in layers else None
+        reason = layers[node.name].reason if node.calls and node.name in layers else None
         if reason and not any(inner.kernels for inner in node.walk()):
             left[reason] += 1
     parts += [

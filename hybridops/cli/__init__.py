@@ -181,7 +181,7 @@ def _add_profile(add) -> None:
     profile.add_argument("--size", type=_positive, metavar="N", help="of the square images")
     profile.add_argument("--dtype", type=_dtypes, default=["fp32"], metavar="fp32,bf16")
     profile.add_argument("--threads", type=_positive, metavar="N", help="default: as torch chooses")
-    profile.add_argument("--depth", type=_positive, metavar="N", help="default: up to 24 rows")
+    profile.add_argument("--depth", type=_positive, metavar="N", help="default: up to 30 rows")
     profile.add_argument("--backend", default="auto", help="as for optimize() (default: auto)")
     profile.add_argument("--out", type=Path, metavar="FILE.html", help="draw both sides")
     profile.add_argument("--json", type=Path, metavar="FILE", help="write every module as JSON")

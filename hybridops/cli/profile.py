@@ -109,20 +109,27 @@ def _interval(p: Profile) -> str:
 
 
 def _cut(widths: list[int], columns: int) -> list[int]:
-    """The last column gives way first, then the first one."""
-    name, *figure_widths, how = widths
-    room = columns - sum(figure_widths) - 2 * len(figure_widths)
-    name = min(name, max(_LEAST_NAME, room - 2 - min(how, _LEAST_HOW)))
-    how = min(how, room - name - 2)
-    if how < min(_LEAST_HOW, widths[-1]):
-        name, how = min(widths[0], max(_LEAST_NAME, room)), 0
-    return [name, *figure_widths, how]
+    """What does not fit gives way: "served by", then "share" and "speed-up", then the names."""
+    kept = list(widths)
+    for i in (_HEAD.index("served by"), _HEAD.index("share"), _HEAD.index("speed-up")):
+        name = min(kept[0], _LEAST_NAME)
+        how = min(kept[-1], _LEAST_HOW)
+        if _width([name, *kept[1:-1], how]) > columns:
+            kept[i] = 0
+    kept[0] = min(kept[0], columns - _width([0, *kept[1:-1], min(kept[-1], _LEAST_HOW)]) - 2)
+    kept[-1] = min(kept[-1], max(0, columns - _width([*kept[:-1], 0]) - 2))
+    return kept
+
+
+def _width(widths: list[int]) -> int:
+    shown = [width for width in widths if width]
+    return sum(shown) + 2 * (len(shown) - 1)
 
 
 def _line(cells: tuple[str, ...], widths: list[int]) -> str:
     name, *numbers, how = cells
     shown = name if len(name) <= widths[0] else "…" + name[1 - widths[0] :]
-    middle = [cell.rjust(width) for cell, width in zip(numbers, widths[1:-1], strict=True)]
+    middle = [cell.rjust(w) for cell, w in zip(numbers, widths[1:-1], strict=True) if w]
     return "  ".join([shown.ljust(widths[0]), *middle, _short(how, widths[-1])]).rstrip()
 
 

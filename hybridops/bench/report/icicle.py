@@ -7,7 +7,6 @@ from typing import Any
 
 from .. import profile as profiles
 from ..profile import Node, Profile, Side
-from ..table import figures
 from .chart import percent, svg, text
 from .page import colours, e, machine, many, page
 
@@ -40,7 +39,7 @@ def _section(p: Profile, depth: int | None) -> str:
     kinds = dict(_kinds(p))
     longest = max(p.eager.ms, p.optimized.ms)
     faster = f"{p.speedup.value:.2f}× [{p.speedup.low:.2f}, {p.speedup.high:.2f}]"
-    key = colours(("c0", "our kernels serve it"), ("c2", "left alone"), ("SAME", "torch's own"))
+    key = colours(("c0", "optimized"), ("c2", "left alone"), ("SAME", "torch's own"))
     pictures = "".join(
         f"<h3>{name}: {p.figure(side.ms)} ms{more}</h3>{_icicle(p, side, longest, kinds, name)}"
         for name, side, more in (
@@ -58,10 +57,10 @@ def _section(p: Profile, depth: int | None) -> str:
 
 def _kinds(p: Profile) -> Iterator[tuple[str, str]]:
     """The colour of each module, on both sides that of what becomes of it."""
-    after = {node.name: node for node in p.optimized.tree.walk()}
+    before, after = ({n.name: n for n in side.tree.walk()} for side in (p.eager, p.optimized))
     for name in after:
         standing = name  # the module that computes it, which may be one that holds it
-        while standing and not after[standing].called:
+        while standing and not profiles.alike(before[standing], after[standing]):
             standing = standing.rpartition(".")[0]
         node = after[standing]
         if any(inner.kernels for inner in ([node] if standing != name else node.walk())):
@@ -73,7 +72,7 @@ def _kinds(p: Profile) -> Iterator[tuple[str, str]]:
 
 def _icicle(p: Profile, side: Side, longest: float, kinds: dict[str, str], title: str) -> str:
     body: list[str] = []
-    depth = _draw(body, side.tree, 0.0, 0, longest, kinds, p)
+    depth = _draw(body, side.tree, 0.0, 0, longest, kinds, p, side)
     said = "; ".join(
         f"{row.name} {p.figure(row.eager_ms if side is p.eager else row.optimized_ms)} ms"
         for row in profiles.rows(p)
@@ -89,33 +88,35 @@ def _draw(
     longest: float,
     kinds: dict[str, str],
     p: Profile,
+    side: Side,
 ) -> int:
     """Draw the node and all below it; returns how many levels that took."""
     width = node.ms / longest
     if width < _LEAST:
         return level
-    label = node.name.rpartition(".")[2] or p.task.name
-    how = profiles.how_served([node], p.layers) if kinds[node.name] != "c0" else ""
-    ran = profiles.how_served([node], {}) if any(n.kernels for n in node.walk()) else how
-    tip = f"{node.name or p.task.name}: {p.figure(node.ms)} ms, {node.ms / longest:.1%}"
-    tip += f" (itself {p.figure(node.own)} ms)" if any(c.called for c in node.children) else ""
-    leaf = "" if any(c.called for c in node.children) else " leaf"
+    label = node.name.rpartition(".")[2] or p.task.name.rpartition(":")[2]
+    parent = any(child.called for child in node.children)
+    how = profiles.how_served([node], p.layers) if side is p.optimized else ""
+    itself = f" (itself {p.figure(node.own)} ms)" if parent else ""
+    figures = f"{p.figure(node.ms)} ms, {node.ms / side.ms:.1%}{itself}"
+    tip = "; ".join(filter(None, [f"{node.name or p.task.name}: {figures}", how]))
+    kind = f"box {kinds[node.name]}" + " leaf" * (not parent)
     body.append(
         f'<svg x="{percent(start)}" y="{_LEVEL * level}" width="{percent(width)}" '
-        f'height="{_LEVEL}"><title>{e(tip)}{e("; " + ran) if ran else ""}</title>'
-        f'<rect class="box {kinds[node.name]}{leaf}" width="100%" height="{_LEVEL}"/>'
-        f"{_label(label, node.ms, width)}</svg>"
+        f'height="{_LEVEL}"><title>{e(tip)}</title>'
+        f'<rect class="{kind}" width="100%" height="{_LEVEL}"/>'
+        f"{_label(label, p.figure(node.ms), width)}</svg>"
     )
     below = level + 1
     for child in node.children:
-        below = max(below, _draw(body, child, start, level + 1, longest, kinds, p))
+        below = max(below, _draw(body, child, start, level + 1, longest, kinds, p, side))
         start += child.ms / longest
     return below
 
 
-def _label(name: str, ms: float, width: float) -> str:
+def _label(name: str, ms: str, width: float) -> str:
     """As much as fits, on a desktop and on a phone."""
-    words = (f"{name}  {figures(ms)} ms", name)
+    words = (f"{name}\u2002{ms} ms", name)
     wide, narrow = (
         next((w for w in words if _LETTER * len(w) + 10 < width * pixels), "")
         for pixels in (_WIDE, _NARROW)
@@ -142,8 +143,9 @@ def _table(p: Profile, depth: int | None) -> str:
             f'<tr class="rule"><th scope="row" title="{e(row.name)}">{e(row.name)}</th>{tds}'
             f'<td class="left how">{e(row.how)}</td></tr>'
         )
+    last = '<th class="left how" scope="col">served by</th>'
     return (
-        f'<div class="panel"><div class="scroll"><table><caption>Rows, {facts(p)}</caption><thead>'
-        f'<tr><th class="left" scope="col">layer</th>{head}<th class="left" scope="col">served by'
-        f"</th></tr></thead><tbody>{body}</tbody></table></div></div>"
+        f'<div class="panel"><div class="scroll"><table class="layers"><caption>{e(facts(p))}'
+        f'</caption><thead><tr><th class="left" scope="col">layer</th>{head}{last}</tr></thead>'
+        f"<tbody>{body}</tbody></table></div></div>"
     )
