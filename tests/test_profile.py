@@ -224,6 +224,8 @@ def test_reasons_are_counted():
     below = (("m.0", 1.0, 1, ""), ("m.1", 1.0, 1, ""))
     assert how_served([nodes("m", 0.0, 0, "", *below)], layers) == "2 left alone: no rule"
     assert how_served([nodes("n", 0.0, 1, "")], layers) == "torch's own"
+    already = {"n": Layer("n", "hybridops.nn:PEG", None, "runs on hybridops kernels already")}
+    assert how_served([nodes("n", 0.0, 1, ["peg"])], already) == "peg"
 
 
 # table
