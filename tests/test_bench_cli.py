@@ -129,6 +129,7 @@ def test_a_wrong_kernel_is_exit_code_1(monkeypatch, capsys):
         ["op", "peg", "--save", "../up"],
         ["model", "timm:no_such_model"],
         ["model", "hf:no_such_model"],
+        ["model", "hf:bert"],
         ["model", "hybridops:cpvt_tiny", "--metric", "beauty"],
         ["run", "/no/such/suite.toml"],
         ["compare", "a.json", "b.json"],

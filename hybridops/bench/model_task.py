@@ -50,10 +50,13 @@ def build_model(name: str, size: int | None = None) -> tuple[nn.Module, int]:
         takes = size or getattr(getattr(model, "config", None), "image_size", None)
         takes = takes or config.get("input_size", (3, SIZE))[-1]
         takes = takes if isinstance(takes, int) else takes[0]
+        images = torch.randn(2, 3, takes, takes)
         try:
-            make_live(model.eval(), torch.randn(2, 3, takes, takes))
-        except (RuntimeError, AssertionError, ValueError) as error:
-            why = str(error).splitlines()[0]
+            make_live(model.eval(), images)
+            with torch.inference_mode():
+                model(images)
+        except Exception as error:  # a model of text, say, where anything may be raised
+            why = (str(error) or type(error).__name__).splitlines()[0]
             raise ValueError(f"{name} does not take {takes} x {takes} images: {why}") from None
     return model.eval(), takes
 
