@@ -246,6 +246,14 @@ def test_piped_the_table_is_whole():
     assert whole.split()[2:6] == ["20.00", "10.00", "100.0%", "2.00x"]
 
 
+def test_doubt_is_said_everywhere():
+    p = replace(tiny(), doubt="other processes used 2.0 of 2 cores meanwhile")
+    assert "do not trust these times: other processes used 2.0" in table(p)
+    assert Page(profile_html([p], ENV)).text.count("Do not trust these times") == 1
+    assert p.as_json()["doubt"] == p.doubt
+    assert "trust" not in table(tiny()) + profile_html([tiny()], ENV)
+
+
 # page
 
 

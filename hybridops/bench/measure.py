@@ -234,15 +234,13 @@ class _Comparison:
     def _mind_the_others(self, rows: list[Row], others: float | None) -> None:
         """Too few cores for us and other processes: a thread that waits for a core makes all wait,
         and which candidate that hits most says nothing about its speed when alone."""
-        cores = len(os.sched_getaffinity(0))
-        crowded = others is not None and others > CROWD and self.task.threads + others > cores
+        why = crowded(self.task.threads, others)
         for row in rows:
             if row.median_ms is None:
                 continue
             row.others_cpu = others
-            if crowded and row.verdict in ("FAST", "SAME", "SLOW", "AMBIGUOUS"):
-                row.verdict = "AMBIGUOUS"
-                row.reason = f"other processes used {others:.1f} of {cores} cores meanwhile"
+            if why and row.verdict in ("FAST", "SAME", "SLOW", "AMBIGUOUS"):
+                row.verdict, row.reason = "AMBIGUOUS", why
 
     def _hold_against_the_roof(self, row: Row) -> None:
         """Rates, the share of the machine's roof; faster than the roof means mismeasured."""
@@ -265,6 +263,14 @@ class _Comparison:
             "skipped, or the clock stopped before it was done"
         )
         entry.status, entry.reason = "INVALID", row.reason
+
+
+def crowded(threads: int, others: float | None) -> str | None:
+    """Why times say little, where other processes took cores that our threads would have used."""
+    cores = len(os.sched_getaffinity(0))
+    if others is None or others <= CROWD or threads + others <= cores:
+        return None
+    return f"other processes used {others:.1f} of {cores} cores meanwhile"
 
 
 def _convolution_backward_flop(dy, _x, weight, *args, out_shape=None, **kwargs) -> int:

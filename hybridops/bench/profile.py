@@ -26,6 +26,7 @@ from ..optimize import report
 from ..optimize.swap import Layer
 from . import stats
 from .clock import Clock, Wall, settle
+from .measure import crowded
 from .model_task import optimized
 from .sample import Settings, interleaved
 from .task import Candidate, Task
@@ -94,6 +95,7 @@ class Profile:
     speedup: stats.Ratio
     layers: dict[str, Layer]
     summary: str
+    doubt: str | None = None  # why the times say little
 
     def figure(self, ms: float) -> str:
         """Milliseconds as text, with as many decimals as the whole model's time deserves."""
@@ -106,6 +108,7 @@ class Profile:
             **{k: getattr(task, k) for k in ("name", "dtype", "batch", "threads")},
             "size": int(task.case),
             "summary": self.summary,
+            "doubt": self.doubt,
             "speedup": self.speedup.value,
             "speedup_low": self.speedup.low,
             "speedup_high": self.speedup.high,
@@ -218,7 +221,10 @@ def profile(
     }
     speedup = stats.ratio(timings.seconds["eager"], timings.seconds["optimized"])
     layers = {layer.fqn: layer for layer in found.layers}
-    return Profile(task, **made, speedup=speedup, layers=layers, summary=found.summary()[0])
+    doubt = crowded(task.threads, timings.others)
+    return Profile(
+        task, **made, speedup=speedup, layers=layers, summary=found.summary()[0], doubt=doubt
+    )
 
 
 def _watched(module: nn.Module, candidate: Candidate, now: Callable[[], float]) -> Watch:

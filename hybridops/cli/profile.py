@@ -94,6 +94,7 @@ def table(p: Profile, depth: int | None = None, columns: int | None = None) -> s
         "share: of the optimized model's time",
         "calls that were watched took {:+.0%} and {:+.0%}: scaled out".format(*watched),
         p.summary,
+        *([f"do not trust these times: {p.doubt}"] if p.doubt else []),
     ]
     return "\n".join([_short(heading, columns or 999), *body, "", *notes, ""])
 

@@ -47,10 +47,12 @@ def _section(p: Profile, depth: int | None) -> str:
             ("after optimize()", p.optimized, f", {faster}"),
         )
     )
+    doubt = f"<p>Do not trust these times: {e(p.doubt)}.</p>"
+    alert = f'<div class="alert" role="note">{doubt}</div>' if p.doubt else ""
     return (
-        "<p>Width is time, to one scale; each line lies inside the one above. Blank: spent in the "
-        "module above itself (Python, dispatch, what it computes between its children). Point at a "
-        f'box for its figures.</p><ul class="legend">{key}</ul><br>'
+        f"{alert}<p>Width is time, to one scale; each line lies inside the one above. Blank: spent "
+        "in the module above itself (Python, dispatch, what it computes between its children). "
+        f'Point at a box for its figures.</p><ul class="legend">{key}</ul><br>'
         f'<div class="panel">{pictures}</div><br>{_table(p, depth)}'
     )
 
