@@ -16,7 +16,7 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-from ..compat import import_timm
+from ..optimize.explain import build
 from . import peers
 from .model_task import build_model, model_task
 from .result import Row
@@ -62,11 +62,7 @@ def child() -> None:
         for library in (peers.peer(name).INSTALL or "").split()[2:]:
             with suppress(ImportError):
                 importlib.import_module(library)
-    with suppress(ImportError):
-        if spec["name"].startswith("timm:"):
-            import_timm()
-        elif not spec["name"].startswith("hybridops:"):
-            importlib.import_module("transformers")
+    build(spec["name"])  # without memory for weights: what a model imports is not its own
     base = _resident("VmRSS")
     with threads(spec["threads"]):
         model, size = build_model(spec["name"], spec["size"])
