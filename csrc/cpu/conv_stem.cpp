@@ -122,7 +122,7 @@ std::vector<Layer> plan(Scratch& scratch, const Tensor& image, const std::vector
       l.packed =
           pack_weight(scratch, w.const_data_ptr(), type_of(w), K.length * K.runs, 1, l.Co, K);
     } else {
-      l.packed = check_packed(packed[i], l.Co, K);
+      l.packed = check_packed(packed[i], l.Co, K, "conv_stem: packed is not pack_conv(weight)");
     }
     l.bias = floats(scratch, biases[i]);
     layers.push_back(l);

@@ -29,10 +29,10 @@ const float* pack_weight(Scratch& scratch, const void* weight, Type type, int64_
   return packed;
 }
 
-const float* check_packed(const Tensor& packed, int64_t N, const Depth& K) {
+const float* check_packed(const Tensor& packed, int64_t N, const Depth& K, const char* refusal) {
   STD_TORCH_CHECK(packed.is_cpu() && packed.numel() == simd::packed_floats(N, K) &&
                       packed.is_contiguous() && packed.scalar_type() == ScalarType::Float,
-                  "hybridops: packed was not made from this weight");
+                  refusal);
   return (const float*)packed.const_data_ptr();
 }
 
@@ -179,7 +179,8 @@ const float* panels_of(Scratch& scratch, const Tensor& weight,
                   "linear: weight must be a matrix on the CPU");
   const Type type = type_of(weight);
   const Depth K{product_type(type), weight.size(1)};
-  if (packed.has_value()) return check_packed(*packed, weight.size(0), K);
+  if (packed.has_value())
+    return check_packed(*packed, weight.size(0), K, "linear: packed is not pack_linear(weight)");
   return pack_weight(scratch, weight.const_data_ptr(), type, weight.stride(0), weight.stride(1),
                      weight.size(0), K);
 }

@@ -13,8 +13,9 @@ using simd::Output;
 const float* pack_weight(Scratch& scratch, const void* weight, simd::Type type, int64_t stride_n,
                          int64_t stride_k, int64_t N, const simd::Depth& K);
 
-// What `packed`, made by pack_linear, must have been made for.
-const float* check_packed(const Tensor& packed, int64_t N, const simd::Depth& K);
+// The numbers of `packed`, which must have been made for this size; `refusal` says so.
+const float* check_packed(const Tensor& packed, int64_t N, const simd::Depth& K,
+                          const char* refusal);
 
 // Every row of `rows` times the packed weight, shared out over rows or panels, whichever balances
 // and reuses better.

@@ -91,7 +91,8 @@ Tensor patch_embed(Tensor image, Tensor weight, std::optional<Tensor> bias,
                         Hp, Wp, Wo, N,      Ci <= 4 && Kw >= 8, simd::product_type(type)};
   const float* panels;
   if (packed.has_value()) {
-    panels = check_packed(*packed, C, patches.depth());
+    panels =
+        check_packed(*packed, C, patches.depth(), "patch_embed: packed is not pack_patch(weight)");
   } else {
     Tensor w = patches.planar
                    ? weight
