@@ -398,7 +398,7 @@ def test_names():
     assert set(list_models()) >= set(CPVT_PARAMETERS)
     with pytest.raises(ValueError, match="'levit_512' is none of cpvt_base"):
         create_model("levit_512")
-    with pytest.raises(ValueError, match="nobody has published weights of cpvt_tiny"):
+    with pytest.raises(ValueError, match="no weights of cpvt_tiny to download"):
         create_model("cpvt_tiny", pretrained=True)
     with pytest.raises(ValueError, match="exclude each other"):
         create_model("levit_256", pretrained=True, checkpoint="x.pt")

@@ -9,24 +9,27 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import cpvt, detr, levit
+from . import cpvt, detr, hybrid_vit, levit
 from .cpvt import Cpvt
 from .detr import Detr
+from .hybrid_vit import HybridVit
 from .levit import Levit
 from .weights import WeightsError, load_weights
 
 __all__ = [
     "Cpvt",
     "Detr",
+    "HybridVit",
     "Levit",
     "WeightsError",
     "create_model",
     "detr",
+    "hybrid_vit",
     "list_models",
     "load_weights",
 ]
 
-_MODELS = {**levit.MODELS, **cpvt.MODELS, **detr.MODELS}
+_MODELS = {**levit.MODELS, **cpvt.MODELS, **detr.MODELS, **hybrid_vit.MODELS}
 _PRETRAINED = {**levit.PRETRAINED, **detr.PRETRAINED}
 
 
@@ -41,9 +44,10 @@ def create_model(
     """A model by name, with random weights, published ones, or those of a file.
 
     pretrained: the authors' weights of LeViT or DETR, downloaded once into torch.hub's directory.
-    checkpoint: a .safetensors, .pt or .pth file. kwargs go to the model (num_classes, ...).
+    checkpoint: a .safetensors, .pt, .pth or (JAX's, of a hybrid ViT) .npz file. kwargs go to the
+    model (num_classes, ...).
 
-    Raises ValueError for an unknown name and for a model without published weights, WeightsError
+    Raises ValueError for an unknown name and for a model without such a download, WeightsError
     (a ValueError too) for weights that cannot be had or do not fit.
     """
     if name not in _MODELS:
@@ -51,7 +55,9 @@ def create_model(
     if pretrained and checkpoint is not None:
         raise ValueError("create_model: pretrained and checkpoint exclude each other")
     if pretrained and name not in _PRETRAINED:
-        raise ValueError(f"create_model: nobody has published weights of {name}")
+        raise ValueError(
+            f"create_model: no weights of {name} to download; checkpoint= takes a file"
+        )
     model = _MODELS[name](**kwargs)
     if checkpoint is not None:
         load_weights(model, checkpoint)

@@ -15,22 +15,16 @@ from itertools import product
 import torch
 from torch import Tensor, nn
 
-from .. import backend
 from ..nn import PEG, Block, PatchEmbed
-from ..nn._fusion import fused_linear, is_hooked, is_ours
-from ..nn.block import first_tokens
+from .classifier import Classifier, init_linear
 
 
-class Cpvt(nn.Module):
+class Cpvt(Classifier):
     """CPVT: images (B, in_chans, H, W) of any size from one patch up -> logits (B, num_classes).
 
     peg_positions: the blocks behind which a PEG stands, counted from 0. global_pool: "token" (a
     class token) or "avg" (none, the mean of the tokens: CPVT-GAP). num_classes=0 leaves out the
     head. Pixels that fill no whole patch, right and bottom, are ignored.
-
-    `prune_last_block = True` spares an evaluation what the class token does not need: queries,
-    projection and perceptron of the other tokens in the last block. The result is the same;
-    `forward_features` is always complete.
     """
 
     def __init__(
@@ -63,7 +57,6 @@ class Cpvt(nn.Module):
         self.num_classes = num_classes
         self.embed_dim = self.num_features = embed_dim
         self.num_prefix_tokens = 1 if global_pool == "token" else 0
-        self.prune_last_block = False
         self.patch_embed = PatchEmbed(None, patch_size, in_chans, embed_dim)
         self.cls_token = None
         if self.num_prefix_tokens:
@@ -86,35 +79,9 @@ class Cpvt(nn.Module):
         self._peg_behind = {block: i for i, block in enumerate(positions)}
         self.norm = norm_layer(embed_dim)
         self.head = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
-        self.apply(_init)
+        self.apply(init_linear)
         if self.cls_token is not None:
             nn.init.trunc_normal_(self.cls_token, std=0.02)
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        """images -> all tokens, normed: (B, 1 + h*w, C), or (B, h*w, C) without a class token"""
-        x, grid = self._embed(x)
-        return self.norm(self._run(x, grid, len(self.blocks)))
-
-    def forward_head(self, x: Tensor) -> Tensor:
-        """tokens as forward_features gives them -> logits"""
-        return self.head(x.mean(1) if self.cls_token is None else x[:, 0])
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self._prunes():
-            return self.forward_head(self.forward_features(x))
-        x, grid = self._embed(x)
-        x = self._run(x, grid, len(self.blocks) - 1)
-        x = first_tokens(self.blocks[-1], x)[:, 0]  # a PEG behind the last block passes it through
-        if self.num_classes == 0:
-            return self.norm(x)
-        return fused_linear(self, "head", x, norm=self.norm)
-
-    def _prunes(self):
-        """Neither hooks nor a reference run may miss what pruning leaves out."""
-        if not self.prune_last_block or self.training or self.cls_token is None:
-            return False
-        last, norm = self.blocks[-1], self.norm
-        return not (backend.reference_forced() or is_hooked(norm)) and is_ours(last, Block)
 
     def _embed(self, x):
         if x.ndim != 4 or x.shape[1] != self.in_chans:
@@ -129,8 +96,9 @@ class Cpvt(nn.Module):
             )
         return self.patch_embed(x, prefix=self.cls_token), grid
 
-    def _run(self, x, grid, count):
+    def _tokens(self, x: Tensor, count: int) -> Tensor:
         """The first `count` blocks, each with the PEG behind it."""
+        x, grid = self._embed(x)
         behind, pegs, prefix = self._peg_behind, self.pos_block, self.num_prefix_tokens
         for i, block in enumerate(self.blocks):
             if i == count:
@@ -139,13 +107,6 @@ class Cpvt(nn.Module):
             if i in behind:
                 x = pegs[behind[i]](x, grid, prefix)
         return x
-
-
-def _init(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear):  # DeiT's
-        nn.init.trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
 
 
 SIZES = {

@@ -2,7 +2,7 @@
 
 LeViT's keys are timm's. The official code and transformers name and order the same tensors
 differently; `levit_names` builds the three spellings of every module from the model itself. DETR's
-differ by patterns: detr/keys.py.
+and the hybrids' differ by patterns: detr/keys.py, hybrid_vit/keys.py.
 """
 
 from __future__ import annotations
@@ -12,10 +12,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .detr import Detr, keys
+from .detr import Detr
+from .detr import keys as detr_keys
+from .hybrid_vit import HybridVit
+from .hybrid_vit import keys as hybrid_vit_keys
 from .levit import Levit
 
 State = Mapping[str, Tensor]
@@ -41,7 +45,7 @@ class WeightsError(ValueError):
 
 
 def read_file(path: str | Path) -> Any:
-    """What a .safetensors file, or a .pt / .pth file holds, read without running code."""
+    """What a .safetensors, .npz, .pt or .pth file holds, read without running code."""
     path = Path(path)
     if not path.is_file():
         raise WeightsError(f"{path}: there is no such file")
@@ -50,6 +54,9 @@ def read_file(path: str | Path) -> Any:
             from safetensors.torch import load_file
 
             return load_file(path)
+        if path.suffix == ".npz":
+            with np.load(path, allow_pickle=False) as arrays:
+                return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
         return torch.load(path, map_location="cpu", weights_only=True)
     except ImportError as error:
         raise WeightsError(f"{path}: {error} (pip install safetensors)") from error
@@ -126,17 +133,23 @@ def _some(names) -> str:
 def to_own_keys(model: nn.Module, state: State) -> tuple[str, dict[str, Tensor]]:
     """(family, the state dict under our keys); names unknown to the family stay as they are."""
     if isinstance(model, Detr):
-        family = keys.family_of(state)
-        if family is None:
-            raise WeightsError(_unknown(model, state))
-        return family, keys.own_keys(family, state)
-    if not isinstance(model, Levit):
-        if not set(state) & set(model.state_dict()):
-            raise WeightsError(_unknown(model, state))
-        return "hybridops", dict(state)
-    family = levit_family(state)
+        family = detr_keys.family_of(state)
+    elif isinstance(model, HybridVit):
+        family = hybrid_vit_keys.family_of(state)
+    elif isinstance(model, Levit):
+        family = levit_family(state)
+    else:
+        family = "hybridops" if set(state) & set(model.state_dict()) else None
     if family is None:
         raise WeightsError(_unknown(model, state))
+    if isinstance(model, Detr):
+        return family, detr_keys.own_keys(family, state)
+    if isinstance(model, HybridVit):
+        return family, hybrid_vit_keys.own_keys(model, family, state)
+    return family, _levit_keys(model, family, state) if isinstance(model, Levit) else dict(state)
+
+
+def _levit_keys(model: Levit, family: str, state: State) -> dict[str, Tensor]:
     column = ("timm", "official", "transformers").index(family)
     renames = {names[column]: names[0] for names in levit_names(model)}
     own = model.state_dict()
@@ -151,7 +164,7 @@ def to_own_keys(model: nn.Module, state: State) -> tuple[str, dict[str, Tensor]]
         if name in own and value.ndim == 4 and own[name].ndim == 2 and value.shape[2:] == (1, 1):
             value = value.flatten(1)
         renamed[name] = value
-    return family, renamed
+    return renamed
 
 
 def _unknown(model, state):

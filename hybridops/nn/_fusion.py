@@ -52,6 +52,11 @@ def is_plain(module: nn.Module | None, classes) -> bool:
     return type(module) in classes and not is_hooked(module)
 
 
+def folds(norm: Any) -> bool:
+    """Whether this BatchNorm is a fixed scale and shift in this call."""
+    return is_plain(norm, BATCH_NORMS) and not norm.training and norm.running_mean is not None
+
+
 def activation_name(module: Any) -> str | None:
     """The op's word for an activation module, or None where the module must be called."""
     name = ACTIVATIONS.get(type(module))

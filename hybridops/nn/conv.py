@@ -164,6 +164,45 @@ def not_bare_conv(conv: nn.Conv2d) -> str | None:
     return f"padding {conv.padding!r}" if isinstance(conv.padding, str) else None
 
 
+def standardise(weight: Tensor, eps: float) -> Tensor:
+    """Each output channel of a convolution's weight with mean 0 and variance 1 (BiT)."""
+    wide = weight.double().flatten(1)
+    var, mean = torch.var_mean(wide, 1, correction=0, keepdim=True)
+    return ((wide - mean) * (var + eps).rsqrt()).view_as(weight).to(weight.dtype)
+
+
+class StdConv2dSame(nn.Conv2d):
+    """timm's: a convolution with standardised weight and SAME padding, without bias.
+
+    x (B, in_channels, H, W) -> (B, out_channels, ceil(H / stride), ceil(W / stride)). Weight
+    standardisation: Qiao et al. 2019. `conv_of` standardises once per change of the weight.
+    """
+
+    same_pad = True
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        stride: int = 1,
+        eps: float = 1e-8,
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__(
+            in_channels, out_channels, kernel_size, stride, bias=False, device=device, dtype=dtype
+        )
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        channels = self.weight.reshape(1, self.out_channels, -1)  # torch's fastest, with gradient
+        weight = F.batch_norm(channels, None, None, training=True, momentum=0.0, eps=self.eps)
+        x = same_pad(x, self.kernel_size, self.stride)
+        weight = weight.view_as(self.weight)
+        return F.conv2d(x, weight, None, self.stride, self.padding, self.dilation, self.groups)
+
+
 def folded_conv(conv: Any, norm: Any = None, weight: Tensor | None = None) -> Conv:
     """An nn.Conv2d with the eval-mode BatchNorm behind it (or None) as one Conv.
 
@@ -180,4 +219,9 @@ def folded_conv(conv: Any, norm: Any = None, weight: Tensor | None = None) -> Co
 def conv_of(owner: nn.Module, name: str, conv: Any, norm: Any = None) -> Conv:
     """folded_conv(conv, norm), cached on `owner` until a tensor that it is made from changes."""
     sources = (conv.weight, conv.bias, *_norm_sources(norm))
-    return derived(owner, name, sources, lambda: folded_conv(conv, norm))
+
+    def make():
+        weight = standardise(conv.weight, conv.eps) if isinstance(conv, StdConv2dSame) else None
+        return folded_conv(conv, norm, weight)
+
+    return derived(owner, name, sources, make)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from .. import backend, ops
 from ..ops import ConvLayer, MaxPool
 from ._derived import conv_weights
-from ._fusion import BATCH_NORMS, CONVS, activation_name, is_hooked, is_ours, is_plain
+from ._fusion import CONVS, activation_name, folds, is_hooked, is_ours, is_plain
 
 
 class ConvNorm(nn.Module):
@@ -51,11 +51,11 @@ class ConvNorm(nn.Module):
         linear, bn = self._modules["linear"], self._modules["bn"]
         if backend.reference_forced() or not _is_served(linear):
             return bn(linear(x))  # type: ignore[misc]
-        folds = _folds(bn)
-        layer = _layer(self, linear, bn if folds else None)
+        fixed = folds(bn)
+        layer = _layer(self, linear, bn if fixed else None)
         y = ops.conv_stem(x, [layer], layout="image")
         # torch sums batch statistics naively over channels_last: 40 times the error at 64 x 64
-        return y if folds else bn(y.contiguous())  # type: ignore[misc]
+        return y if fixed else bn(y.contiguous())  # type: ignore[misc]
 
 
 class ConvStem(nn.Sequential):
@@ -127,10 +127,6 @@ def _is_served(conv):
     )
 
 
-def _folds(bn):
-    return is_plain(bn, BATCH_NORMS) and not bn.training and bn.running_mean is not None
-
-
 def _layer(owner, conv, bn, activation="none", name="conv"):
     w = conv_weights(owner, name if bn is None else name + " folded", conv, bn)
     return ConvLayer(w.weight, w.bias, conv.stride[0], conv.padding * 2, activation, w.packed)
@@ -150,7 +146,7 @@ def _plan(stem: nn.Module) -> tuple[list[ConvLayer], MaxPool | None] | None:
             found[-1][3] = name
         elif is_ours(child, ConvNorm):
             conv, bn = child._modules["linear"], child._modules["bn"]  # type: ignore[union-attr]
-            if not (_is_served(conv) and _folds(bn)):
+            if not (_is_served(conv) and folds(bn)):
                 return None
             found.append([child, conv, bn, "none"])
         elif _is_served(child):

@@ -98,7 +98,7 @@ class PatchEmbed(nn.Module):
             if not self.flatten:
                 grid = (H + padding[2]) // h, (W + padding[3]) // w
                 y = y.unflatten(1, grid).permute(0, 3, 1, 2)
-            return _with_prefix(y if norm is None else norm(y), pos_embed, prefix)
+            return with_prefix(y if norm is None else norm(y), pos_embed, prefix)
         return self._tokens(x, padding, norm=affine, pos_embed=pos_embed, prefix=prefix)
 
     def _check_size(self, x):
@@ -155,10 +155,11 @@ class PatchEmbed(nn.Module):
         x = self.proj(x)
         if self.flatten:
             x = x.flatten(2).transpose(1, 2)
-        return _with_prefix(self.norm(x), pos_embed, prefix)
+        return with_prefix(self.norm(x), pos_embed, prefix)
 
 
-def _with_prefix(x, pos_embed, prefix):
+def with_prefix(x: Tensor, pos_embed: Tensor | None, prefix: Tensor | None) -> Tensor:
+    """prefix tokens in front of x (B, N, C); pos_embed (1, N, C) spares them, (1, P + N, C) not."""
     if pos_embed is not None and pos_embed.shape[-2] == x.shape[1]:
         x, pos_embed = x + pos_embed, None
     if prefix is not None:

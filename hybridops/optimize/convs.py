@@ -12,10 +12,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from ..nn.conv import folded_conv, not_bare_conv
+from ..nn.conv import folded_conv, not_bare_conv, standardise
 from ..ops import group_norm
 from .fast import Fast, activation_name, dotted, original_class
 
@@ -154,9 +153,7 @@ def standardised(conv: Any) -> Tensor | None:
     """The weight of a weight-standardised convolution as it is used; None for other ones."""
     if path_of(conv) not in STANDARDISED:
         return None
-    wide = conv.weight.double().flatten(1)
-    var, mean = torch.var_mean(wide, 1, correction=0, keepdim=True)
-    return ((wide - mean) * (var + conv.eps).rsqrt()).view_as(conv.weight).to(conv.weight.dtype)
+    return standardise(conv.weight, conv.eps)
 
 
 def steps(modules: Iterable[nn.Module | None]) -> list[Step]:

@@ -6,6 +6,7 @@ from torch import nn
 
 from .. import backend
 from ..models.cpvt import Cpvt
+from ..models.hybrid_vit import HybridVit
 from ..models.levit import Levit
 from ..nn import Attention, Block, Mlp
 from ..nn._derived import fold_in_front
@@ -88,12 +89,12 @@ class FastBlock(Fast, Block):
         return block_weights(self)
 
 
-class FastCpvt(Fast, Cpvt):
-    """The last block computes what the class token needs, and no more."""
+class _Pruned(Fast):
+    """Base of the rules for classifiers: the last block computes what the class token needs."""
 
     @classmethod
     def bypassed(cls, module):
-        return ()  # Cpvt looks after hooks itself
+        return ()  # Classifier looks after hooks itself
 
     @classmethod
     def facts(cls, module):
@@ -106,3 +107,11 @@ class FastCpvt(Fast, Cpvt):
     @classmethod
     def on_restore(cls, module):
         module.prune_last_block = module._hybridops_plan.facts
+
+
+class FastCpvt(_Pruned, Cpvt):
+    pass
+
+
+class FastHybridVit(_Pruned, HybridVit):
+    channels_last = True

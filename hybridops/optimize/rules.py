@@ -21,6 +21,7 @@ _DETR = "transformers.models.detr.modeling_detr:Detr"
 RULES: dict[str, str | type[Fast]] = {
     "hybridops.models.levit:Levit": f"{_HERE}.ours:FastLevit",
     "hybridops.models.cpvt:Cpvt": f"{_HERE}.ours:FastCpvt",
+    "hybridops.models.hybrid_vit.model:HybridVit": f"{_HERE}.ours:FastHybridVit",
     "hybridops.nn.block:Block": f"{_HERE}.ours:FastBlock",
     "timm.layers.attention:Attention": f"{_HERE}.timm_layers:FastAttention",
     "timm.layers.mlp:Mlp": f"{_HERE}.timm_layers:FastMlp",

@@ -160,7 +160,7 @@ def survey(
                 if not isinstance(module, Fast):
                     swaps.append((module, rule))
         elif layer.reason is None and id(module) not in covered:
-            if layer.old.startswith("hybridops.nn."):
+            if layer.old.startswith(("hybridops.nn.", "hybridops.models.")):
                 layer.reason = "runs on hybridops kernels already"
                 covered.update(map(id, module.modules()))
             elif isinstance(module, _HOT):

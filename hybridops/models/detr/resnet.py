@@ -1,8 +1,6 @@
 """ResNet-50 and -101 as DETR uses them: frozen BatchNorm, channels_last, features at four strides.
 
-He et al. 2016, with the stride in the 3x3 convolution, as in torchvision. A frozen norm is a fixed
-scale and shift, so it is folded into its convolution in training too: the gradient of the weight
-passes through the fold.
+He et al. 2016, with the stride in the 3x3 convolution, as in torchvision.
 """
 
 from __future__ import annotations
@@ -13,51 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ... import backend
-from ...nn._fusion import CONVS, SEQUENTIALS, finish, is_plain
-from ...nn.conv import conv_of
-
-
-class FrozenBatchNorm2d(nn.Module):
-    """BatchNorm2d whose statistics, weight and bias are constants: x (B, C, H, W) -> the same."""
-
-    eps = 1e-5
-
-    def __init__(self, num_features: int, device=None, dtype=None) -> None:
-        super().__init__()
-        where = {"device": device, "dtype": dtype}
-        for name, value in (("weight", 1), ("bias", 0), ("running_mean", 0), ("running_var", 1)):
-            self.register_buffer(name, torch.full((num_features,), float(value), **where))
-
-    def forward(self, x: Tensor) -> Tensor:
-        b: dict[str, Any] = self._buffers
-        scale = b["weight"] * (b["running_var"] + self.eps).rsqrt()
-        shift = b["bias"] - b["running_mean"] * scale
-        return x * scale[:, None, None] + shift[:, None, None]
-
-
-FROZEN = {FrozenBatchNorm2d}
-
-
-def conv_norm(
-    owner: nn.Module,
-    conv_name: str,
-    norm_name: str,
-    x: Tensor,
-    activation: str = "none",
-    residual: Tensor | None = None,
-    overwrite: bool = False,
-) -> Tensor:
-    """activation(norm(conv(x)) + residual) for two children of owner.
-
-    overwrite: the result may lie in the residual's memory.
-    """
-    conv: Any = owner._modules[conv_name]
-    norm: Any = owner._modules[norm_name]
-    if backend.reference_forced() or not (is_plain(conv, CONVS) and is_plain(norm, FROZEN)):
-        y = norm(conv(x))
-        return finish(y if residual is None else y + residual, activation)
-    return conv_of(owner, conv_name, conv, norm)(x, activation, residual, overwrite)
+from ...nn._fusion import SEQUENTIALS, is_plain
+from ...nn.conv_body import FrozenBatchNorm2d, conv_norm
 
 
 class Bottleneck(nn.Module):
@@ -81,11 +36,12 @@ class Bottleneck(nn.Module):
 
     def forward(self, x: Tensor, overwrite: bool = False) -> Tensor:
         """overwrite: nobody but the caller holds x, who wants it no more."""
-        overwrite = overwrite or self.downsample is not None
-        identity = x if self.downsample is None else conv_norm(self.downsample, "0", "1", x)
-        y = conv_norm(self, "conv1", "bn1", x, "relu")
-        y = conv_norm(self, "conv2", "bn2", y, "relu")
-        return conv_norm(self, "conv3", "bn3", y, "relu", identity, overwrite)
+        identity, down = x, self.downsample
+        if down is not None:
+            identity, overwrite = conv_norm(down[0], down[1], x), True
+        y = conv_norm(self.conv1, self.bn1, x, "relu")
+        y = conv_norm(self.conv2, self.bn2, y, "relu")
+        return conv_norm(self.conv3, self.bn3, y, "relu", identity, overwrite)
 
 
 class ResNet(nn.Module):
@@ -124,7 +80,7 @@ class ResNet(nn.Module):
 
     def forward(self, x: Tensor) -> list[Tensor]:
         x = x.contiguous(memory_format=torch.channels_last)
-        x = conv_norm(self, "conv1", "bn1", x, "relu")
+        x = conv_norm(self.conv1, self.bn1, x, "relu")
         x = F.max_pool2d(x, 3, 2, 1)
         features = []
         for i in range(1, 5):
