@@ -8,7 +8,7 @@ TORCHVISION ?= 0.28.0
 CXX_FILES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo bench test lint format build emulated512 wheel abi-check clean
+.PHONY: help venv demo bench test test-models lint format build emulated512 wheel abi-check clean
 
 help: ## list the targets
 	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -36,8 +36,11 @@ bench: venv build ## measure both suites and draw their report (10 minutes, on a
 	$(BENCH) run benchmarks/models.toml --timeout 10 --json $(RESULTS)/models.json
 	$(BENCH) report $(RESULTS)/hot_paths.json $(RESULTS)/models.json -o $(RESULTS)/report.html
 
-test: venv build emulated512 ## build and run all tests
-	$(BIN)/python -m pytest -n 2 -q tests
+test: venv build emulated512 ## build and run all tests, but for models at their real size
+	$(BIN)/python -m pytest -n 2 -q -m "not models" tests
+
+test-models: venv build ## models at their real size against timm's (minutes, 8 GB of memory)
+	$(BIN)/python -m pytest -q -m models tests
 
 lint: venv ## ruff, clang-format and mypy; changes nothing
 	$(BIN)/ruff check .

@@ -1,9 +1,13 @@
-"""Whole models: LeViT against timm's and transformers', CPVT against Algorithm 1 in plain torch."""
+"""Whole models: LeViT against timm's and transformers', CPVT against Algorithm 1 in plain torch.
+
+What every model of ours must do stands here too: copies, training steps, torch.compile, names.
+"""
 
 from __future__ import annotations
 
 import copy
 import pickle
+from functools import partial
 
 import pytest
 import torch
@@ -13,7 +17,8 @@ from torch import nn
 
 import hybridops
 from hybridops import models
-from hybridops.models import Cpvt, Levit, create_model, list_models
+from hybridops.models import Cpvt, HybridVit, Levit, create_model, list_models
+from hybridops.models.hybrid_vit import BiT, ResNetD
 
 LEVIT_PARAMETERS = {
     "levit_128s": 7_777_058,
@@ -340,8 +345,14 @@ def test_pruning_spares_the_other_tokens(monkeypatch):
     assert rows[-6:] == [1, 17, 1, 1, 1, 1]  # q, kv, proj, fc1, fc2, head
 
 
+def small_hybrid(body=partial(BiT, (1, 1)), **kwargs):
+    return HybridVit(body, 48, 2, 3, img_size=(64, 96), num_classes=11, **kwargs)
+
+
 SMALL = {
     "levit": (small_levit, (2, 3, 64, 96)),
+    "hybrid": (small_hybrid, (2, 3, 64, 96)),
+    "hybrid_resnet": (lambda: small_hybrid(partial(ResNetD, (1, 1))), (2, 3, 64, 96)),
     "cpvt": (small_cpvt, (2, 3, 64, 96)),
     "cpvt_gap": (lambda: small_cpvt(global_pool="avg"), (2, 3, 64, 96)),
 }
@@ -350,7 +361,7 @@ SMALL = {
 def build(name):
     make, shape = SMALL[name]
     model = make()
-    return (randomize(model) if name == "levit" else model).eval(), torch.randn(shape)
+    return (model if name.startswith("cpvt") else randomize(model)).eval(), torch.randn(shape)
 
 
 @pytest.mark.parametrize("name", SMALL)

@@ -43,7 +43,7 @@ def test_bfloat16(timm, name):
     assert result.ok, str(result)
 
 
-@pytest.mark.slow
+@pytest.mark.models
 def test_vit_base_r50(timm):
     model = timm.create_model("vit_base_r50_s16_224", img_size=64).eval()
     assert verify(optimize(model), images()).ok

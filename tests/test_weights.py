@@ -8,7 +8,7 @@ import pickle
 import pytest
 import torch
 from check import same_bits
-from test_models import official, small_cpvt, small_levit
+from test_models import official, small_cpvt, small_hybrid, small_levit
 
 from hybridops import models
 from hybridops.models import WeightsError, create_model, load_weights
@@ -30,7 +30,7 @@ def refused(model, source, *needles):
     return caught.value
 
 
-@pytest.mark.parametrize("make", [small_levit, small_cpvt])
+@pytest.mark.parametrize("make", [small_levit, small_cpvt, small_hybrid])
 @pytest.mark.parametrize("wrap", [None, "model", "state_dict"])
 def test_files(make, wrap, tmp_path):
     model, other = make(), make()
@@ -135,7 +135,7 @@ def test_missing_in_the_official_naming():
         ({1: torch.zeros(1)}, "no tensor at 1"),
     ],
 )
-@pytest.mark.parametrize("make", [small_levit, small_cpvt])
+@pytest.mark.parametrize("make", [small_levit, small_cpvt, small_hybrid])
 def test_not_ours(make, content, needle, tmp_path):
     refused(make(), content, needle)
     path = tmp_path / "weights.pt"

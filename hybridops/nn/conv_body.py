@@ -1,8 +1,8 @@
 """The steps of a ResNet's body, trained and in inference: conv, norm, activation and residual.
 
 In inference a step is one convolution (BatchNorm folded in), or a convolution and one pass of
-GroupNorm, activation and residual. While weights train, the modules are called one by one; a
-frozen norm is a fixed scale and shift, so it is folded then too: the gradient passes the fold.
+GroupNorm, activation and residual. While they learn, the modules are called one by one; a frozen
+norm is a fixed scale and shift, so it is folded then too: the gradient passes the fold.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def conv_norm(
     overwrite: the result may lie in the residual's memory.
     """
     if not backend.reference_forced() and is_plain(conv, _CONVS):
-        if norm is None or is_plain(norm, _FROZEN) or folds(norm):
+        if norm is None or is_plain(norm, _FROZEN) or (folds(norm) and not _learn(conv, norm)):
             return conv_of(conv, "conv", conv, norm)(x, activation, residual, overwrite)
         if is_plain(norm, _GROUP_NORMS) and not in_graph(conv.weight):
             x = conv_of(conv, "conv", conv)(x)
@@ -64,6 +64,12 @@ def conv_norm(
             return group_norm(x, norm.num_groups, *affine, activation=activation, residual=residual)
     y = conv(x) if norm is None else norm(conv(x))
     return finish(y if residual is None else y + residual, activation)
+
+
+def _learn(*modules: nn.Module) -> bool:
+    """Whether these get gradients. Through a fold, a norm's would be six times as inexact."""
+    parameters = (p for module in modules for p in module._parameters.values())
+    return torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in parameters)
 
 
 def max_pool_same(x: Tensor, kernel: int = 3, stride: int = 2) -> Tensor:
