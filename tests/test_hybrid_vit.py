@@ -1,4 +1,4 @@
-"""Hybrid ViT against timm's: outputs, gradients, keys, weights of every spelling, any image size."""
+"""Hybrid ViT against timm's: outputs, gradients, keys, weights of every spelling, image sizes."""
 
 from __future__ import annotations
 
@@ -313,14 +313,16 @@ def test_weights_are_standardised_once(monkeypatch):
     convs = [m for m in model.modules() if isinstance(m, StdConv2dSame)]
     with torch.inference_mode():
         first, again = model(x), model(x)
-    assert len(calls) == len(convs) and same_bits(first, again)
+    assert len(calls) == len(convs)
+    assert same_bits(first, again)
     with torch.no_grad():
         convs[0].weight.add_(torch.randn_like(convs[0].weight))
     with torch.inference_mode():
         changed = model(x)
         with hybridops.use("reference"):
             torch.testing.assert_close(model(x), changed, rtol=1e-4, atol=1e-5)
-    assert len(calls) == len(convs) + 1 and not same_bits(changed, first)
+    assert len(calls) == len(convs) + 1
+    assert not same_bits(changed, first)
 
 
 def test_max_pool_same():
@@ -343,7 +345,8 @@ def test_optimize(body):
     assert found.pop("").endswith("FastHybridVit")
     assert found.pop("patch_embed") == "runs on hybridops kernels already"
     assert found.pop("head") == "no rule"
-    assert all(rule.endswith("FastBlock") for rule in found.values()) and len(found) == 2
+    assert all(rule.endswith("FastBlock") for rule in found.values())
+    assert len(found) == 2
 
 
 @pytest.mark.parametrize(

@@ -345,14 +345,14 @@ def test_pruning_spares_the_other_tokens(monkeypatch):
     assert rows[-6:] == [1, 17, 1, 1, 1, 1]  # q, kv, proj, fc1, fc2, head
 
 
-def small_hybrid(body=partial(BiT, (1, 1)), **kwargs):
-    return HybridVit(body, 48, 2, 3, img_size=(64, 96), num_classes=11, **kwargs)
+def small_hybrid(body=BiT):
+    return HybridVit(partial(body, (1, 1)), 48, 2, 3, img_size=(64, 96), num_classes=11)
 
 
 SMALL = {
     "levit": (small_levit, (2, 3, 64, 96)),
     "hybrid": (small_hybrid, (2, 3, 64, 96)),
-    "hybrid_resnet": (lambda: small_hybrid(partial(ResNetD, (1, 1))), (2, 3, 64, 96)),
+    "hybrid_resnet": (lambda: small_hybrid(ResNetD), (2, 3, 64, 96)),
     "cpvt": (small_cpvt, (2, 3, 64, 96)),
     "cpvt_gap": (lambda: small_cpvt(global_pool="avg"), (2, 3, 64, 96)),
 }
