@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 
+os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports Triton; no GPU is needed
+
 import pytest
 import torch
 

@@ -41,6 +41,7 @@ LARGEST_PADDING = 2**15  # so that no product of two sides of an output overflow
 
 library = torch.library.Library("hybridops", "DEF")
 cuda_library = torch.library.Library("hybridops_cuda", "DEF")  # the same schemas: csrc/cuda/*.cu
+ON_GPU: dict[str, Callable] = {}  # op -> what its CUDA key runs
 
 
 def define(name: str, signature: str) -> None:
@@ -51,8 +52,8 @@ def define(name: str, signature: str) -> None:
 
 def on_gpu(
     name: str, kernel: str, key: Callable[..., tuple[Tensor, float]], counted: str = "triton"
-) -> Callable:
-    """Registers and returns what serves hybridops::name on a GPU.
+) -> None:
+    """Registers what serves hybridops::name on a GPU.
 
     `kernel` is the Triton one, "file.function" in hybridops.kernels, imported by the first call.
     key(*args) gives a tensor that speaks for the call, and the size that `backend.GPU` compares.
@@ -71,7 +72,7 @@ def on_gpu(
             return getattr(importlib.import_module(f"hybridops.kernels.{module}"), function)(*args)
 
     library.impl(name, serve, "CUDA")
-    return serve
+    ON_GPU[name] = serve
 
 
 def differentiable_once(backward: str) -> None:
