@@ -342,9 +342,10 @@ def _dscores(s, dy, v, lse, delta, PRECISION: tl.constexpr):
 
 @triton.jit
 def _row_sums(lse_ptr, delta_ptr, rows, Nq):
-    """(log2-sum-exp, delta); rows without keys, and those past the end, get p = 0 by +inf."""
+    """(log2-sum-exp, delta). Rows without keys, and those past the end, get p = 0 by +inf."""
     lse = tl.load(lse_ptr + rows, rows < Nq, float("-inf")) * _LOG2E
-    return tl.where(lse == float("-inf"), float("inf"), lse), tl.load(delta_ptr + rows, rows < Nq, 0.0)
+    delta = tl.load(delta_ptr + rows, rows < Nq, 0.0)
+    return tl.where(lse == float("-inf"), float("inf"), lse), delta
 
 
 @triton.jit
@@ -549,7 +550,6 @@ def _dbias_kernel(
     KEEP_B: tl.constexpr,
     KEEP_H: tl.constexpr,
     KEEP_M: tl.constexpr,
-    KEEP_N: tl.constexpr,
     D: tl.constexpr,
     DV: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -562,10 +562,10 @@ def _dbias_kernel(
     """One tile of the bias' gradient, summed over `chunk` of the images and heads that share it.
 
     A dimension that is not kept is summed inside the program, in ascending order. part is (chunks,
-    kept images, kept heads, kept queries, kept keys).
+    kept images, kept heads, kept queries, Nk).
     """
     m_tiles = tl.cdiv(Nq, BLOCK_M) if KEEP_M else 1
-    n_tiles = tl.cdiv(Nk, BLOCK_N) if KEEP_N else 1
+    n_tiles = tl.cdiv(Nk, BLOCK_N)
     program = tl.program_id(0)
     n_tile = program % n_tiles
     m_tile = program // n_tiles % m_tiles
@@ -580,10 +580,7 @@ def _dbias_kernel(
         m_first, m_last = m_tile * BLOCK_M, m_tile * BLOCK_M + 1
     else:
         m_first, m_last = 0, Nq
-    if KEEP_N:
-        n_first, n_last = n_tile * BLOCK_N, n_tile * BLOCK_N + 1
-    else:
-        n_first, n_last = 0, Nk
+    cols = _indices(n_tile * BLOCK_N, BLOCK_N, WIDE)
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for r in range(part * chunk, tl.minimum(R, part * chunk + chunk)):
         b = (g // Gh if KEEP_B else r // Rh).to(tl.int64)
@@ -593,6 +590,10 @@ def _dbias_kernel(
         mask_base = mask_ptr
         if mask_ptr is not None:
             mask_base += b * mask_stride[0]
+        k_base = k_ptr + b * k_stride[0] + h * k_stride[2]
+        k = _tile(k_base, cols, Nk, k_stride[1], d, k_stride[3], D)
+        v_base = v_ptr + b * v_stride[0] + h * v_stride[2]
+        v = _tile(v_base, cols, Nk, v_stride[1], e, v_stride[3], DV)
         for m in range(m_first, m_last, BLOCK_M):
             rows = _indices(m, BLOCK_M, WIDE)
             q_base = q_ptr + b * q_stride[0] + h * q_stride[2]
@@ -600,47 +601,32 @@ def _dbias_kernel(
             dy_base = dy_ptr + b * dy_stride[0] + h * dy_stride[2]
             dy = _tile(dy_base, rows, Nq, dy_stride[1], e, dy_stride[3], DV)
             lse, delta = _row_sums(lse_ptr + bh * Nq, delta_ptr + bh * Nq, rows, Nq)
-            for n in range(n_first, n_last, BLOCK_N):
-                cols = _indices(n, BLOCK_N, WIDE)
-                k_base = k_ptr + b * k_stride[0] + h * k_stride[2]
-                k = _tile(k_base, cols, Nk, k_stride[1], d, k_stride[3], D)
-                v_base = v_ptr + b * v_stride[0] + h * v_stride[2]
-                v = _tile(v_base, cols, Nk, v_stride[1], e, v_stride[3], DV)
-                s = _scores(
-                    q,
-                    k,
-                    rows,
-                    cols,
-                    Nq,
-                    Nk,
-                    scale2,
-                    bias_base,
-                    bias_stride,
-                    index_ptr,
-                    index_stride,
-                    T,
-                    mask_base,
-                    mask_stride,
-                    PRECISION,
-                )
-                _, ds = _dscores(s, dy, v, lse, delta, PRECISION)
-                acc += ds
-    rows = _indices(m_tile * BLOCK_M, BLOCK_M, WIDE)
-    cols = _indices(n_tile * BLOCK_N, BLOCK_N, WIDE)
-    Mb = Nq if KEEP_M else 1
-    Nb = Nk if KEEP_N else 1
-    base = part_ptr + (part * G + g).to(tl.int64) * Mb * Nb
+            s = _scores(
+                q,
+                k,
+                rows,
+                cols,
+                Nq,
+                Nk,
+                scale2,
+                bias_base,
+                bias_stride,
+                index_ptr,
+                index_stride,
+                T,
+                mask_base,
+                mask_stride,
+                PRECISION,
+            )
+            _, ds = _dscores(s, dy, v, lse, delta, PRECISION)
+            acc += ds
+    base = part_ptr + (part * G + g).to(tl.int64) * (Nq if KEEP_M else 1) * Nk
     if KEEP_M:
-        if KEEP_N:
-            inside = (rows[:, None] < Nq) & (cols[None, :] < Nk)
-            tl.store(base + rows[:, None].to(tl.int64) * Nk + cols[None, :], acc, inside)
-        else:
-            tl.store(base + rows, tl.sum(acc, 1), rows < Nq)
+        rows = _indices(m_tile * BLOCK_M, BLOCK_M, WIDE)
+        inside = (rows[:, None] < Nq) & (cols[None, :] < Nk)
+        tl.store(base + rows[:, None].to(tl.int64) * Nk + cols[None, :], acc, inside)
     else:
-        if KEEP_N:
-            tl.store(base + cols, tl.sum(acc, 0), cols < Nk)
-        else:
-            tl.store(base, tl.sum(tl.sum(acc, 1), 0))
+        tl.store(base + cols, tl.sum(acc, 0), cols < Nk)
 
 
 @triton.jit
@@ -711,15 +697,15 @@ def backward(dy, q, k, v, bias, bias_index, key_padding_mask, out, lse, scale, n
         **blocks,
         **options,
     )
-    if not needs_dbias:
-        return dq, dk, dv, dbias
+    if not needs_dbias or (bias_index is None and bias.shape[3] == 1):
+        return dq, dk, dv, dbias  # what is added to all scores of a row changes no probability
 
     shape = (1, H, Nq, Nk) if bias_index is not None else bias.shape
-    kept = [n != 1 or full == 1 for n, full in zip(shape, (B, H, Nq, Nk), strict=True)]
+    kept = [n != 1 or full == 1 for n, full in zip(shape[:3], (B, H, Nq), strict=True)]
     blocks, options = _blocks("attention_dbias", q, Nq, Nk, D, DV)
-    tiles = B**kept[0] * H**kept[1]
+    tiles = B ** kept[0] * H ** kept[1]
     tiles *= triton.cdiv(Nq, blocks["BLOCK_M"]) ** kept[2]
-    tiles *= triton.cdiv(Nk, blocks["BLOCK_N"]) ** kept[3]
+    tiles *= triton.cdiv(Nk, blocks["BLOCK_N"])
     shared = B ** (not kept[0]) * H ** (not kept[1])
     chunk = triton.cdiv(shared, min(shared, triton.cdiv(tuned.TARGET_PROGRAMS, tiles)))
     chunks = triton.cdiv(shared, chunk)
@@ -738,7 +724,7 @@ def backward(dy, q, k, v, bias, bias_index, key_padding_mask, out, lse, scale, n
         T,
         scale * LOG2E,
         chunk,
-        **dict(zip(("KEEP_B", "KEEP_H", "KEEP_M", "KEEP_N"), kept, strict=True)),
+        **dict(zip(("KEEP_B", "KEEP_H", "KEEP_M"), kept, strict=True)),
         **fixed,
         **blocks,
         **options,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import warnings
 
 import numpy as np
 import pytest
@@ -65,11 +66,18 @@ def _mend_bfloat16() -> None:
 def serving():
     """CPU tensors are served by Triton; `hybridops.use("triton")` and "reference" both work."""
     pytest.importorskip("triton", reason="Triton is not installed")
+    from hybridops.kernels import tuned
+
     _mend_bfloat16()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(backend, "available", lambda: ("triton", "reference"))
         patch.setattr(backend, "_kernels", _kernels)
-        with torch.library._scoped_library("hybridops", "IMPL") as library:
+        patch.setattr(tuned, "TARGET_PROGRAMS", 16)  # each costs the interpreter a millisecond
+        with (
+            warnings.catch_warnings(),
+            torch.library._scoped_library("hybridops", "IMPL") as library,
+        ):
+            warnings.filterwarnings("ignore", "Warning only once for all operators")
             for name, serve in ON_GPU.items():
                 library.impl(name, serve, "CPU", allow_override=True)
             yield
