@@ -91,8 +91,8 @@ def _scores(
 @triton.jit
 def _live(mask_ptr, mask_stride, Nk, BLOCK: tl.constexpr):
     """[first, last) holds every key that is not padding: whole blocks outside it are skipped."""
-    first = Nk
-    last = Nk * 0
+    last = tl.program_id(0) * 0  # a tensor, also where Nk is the constant 1
+    first = last + Nk
     for start in range(0, Nk, BLOCK):
         cols = start + tl.arange(0, BLOCK)
         keep = tl.load(mask_ptr + cols * mask_stride[1], cols < Nk, 1) == 0

@@ -133,6 +133,7 @@ def forward(x, weight, bias, packed, norm_weight, norm_bias, eps, residual, acti
 def backward(dy, x, weight):
     """(dx, dweight, dbias), contiguous: torch's own products."""
     N, K = weight.shape
-    dy, rows = dy.reshape(-1, N), x.reshape(-1, K)
+    M = x.shape[:-1].numel()
+    dy, rows = dy.reshape(M, N), x.reshape(M, K)
     dx = (dy @ weight).view(x.shape)
     return dx, dy.t() @ rows, dy.sum(0, dtype=torch.float32).to(weight.dtype)

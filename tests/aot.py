@@ -16,6 +16,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 os.environ.pop("TRITON_INTERPRET", None)
@@ -103,6 +104,7 @@ def calls():
         yield attend, (D, FULL)
     yield attend, (16, HALF, 32, (196, 196), 64, True)  # LeViT with its table
     yield attend, (32, HALF, 32, (100, 950), 2, False, True)  # DETR: padding, split keys
+    yield attend, (16, HALF, 16, (1, 1), 1, True, True)  # sizes that become constants
     for K in (3, 7):
         yield grid, (K,)
         yield grid, (K, FULL)
@@ -155,9 +157,11 @@ def compile_all(arch: int) -> dict:
     driver.set_active(Driver(arch))
     JITFunction.run, tuned.config, tuned.architecture = only_compile, recorded, lambda device: arch
     for function, arguments in calls():
+        started = time.monotonic()
         words = (str(a).removeprefix("torch.") for a in arguments)
         call = f"{function.__name__}({', '.join(words)})"
         function(*arguments)
+        print(f"sm_{arch} {time.monotonic() - started:6.1f} s {call}", flush=True)
     return {"arch": arch, "triton": triton.__version__, "rows": rows, "used": sorted(used)}
 
 

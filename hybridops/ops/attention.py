@@ -36,6 +36,8 @@ from ._contract import (
     on_gpu,
 )
 
+LARGEST_GPU_HEAD = 256  # what kernels/tuned_sm*.json list
+
 
 # meaning
 def attention_reference(q, k, v, bias, bias_index, key_padding_mask, scale, activation):
@@ -179,7 +181,7 @@ def attention(
         raise TypeError(f"attention: scale must be a number, got {type(scale).__name__}")
     if not math.isfinite(scale):
         raise ValueError(f"attention: scale must be finite, got {scale}")
-    if backend.which("attention", q) == "reference":
+    if backend.which("attention", q, _unserved(q, v)) == "reference":
         if bias_index is not None:
             _check_range(bias, bias_index)
         plain = backend.reference_forced() or q.device.type != "cuda"
@@ -193,6 +195,11 @@ def attention(
         if bias_index is not None:
             _check_range(bias, bias_index)
         raise
+
+
+def _unserved(q, v):
+    wide = q.device.type == "cuda" and max(q.shape[3], v.shape[3]) > LARGEST_GPU_HEAD
+    return f"head size over {LARGEST_GPU_HEAD}" if wide else None
 
 
 def _check_bias(bias, q, expected):
