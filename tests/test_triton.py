@@ -7,6 +7,8 @@ masks and the strides; races and registers are for test_triton_aot.py and `make 
 
 from __future__ import annotations
 
+import os
+
 import check
 import interpreter
 import pytest
@@ -17,7 +19,10 @@ import hybridops
 from hybridops import BackendUnavailable, backend, ops
 
 pytest.importorskip("triton", reason="Triton is not installed")
-pytestmark = pytest.mark.usefixtures("nan_filled", "_on_cpu")
+pytestmark = [
+    pytest.mark.usefixtures("nan_filled", "_on_cpu"),
+    pytest.mark.skipif(os.environ["TRITON_INTERPRET"] != "1", reason="Triton compiles here"),
+]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SMALL, LARGEST = 6_000, 600_000
 
