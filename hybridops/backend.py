@@ -122,6 +122,7 @@ def _load_cuda() -> str | None:
 
 ISA, _LIBRARY, _NO_LIBRARY = _load()
 _NO_CUDA = _load_cuda()
+CUDA_OPS: set[str] = set()  # those of `GPU` that the CUDA library has: the ops enter themselves
 _NO_TRITON = None if importlib.util.find_spec("triton") else "triton is not installed"
 _forced: str | None = None
 fallbacks: Counter[tuple[str, str]] = Counter()  # (op, reason) -> calls that no kernel served
@@ -156,15 +157,16 @@ def why_absent(name: str) -> str | None:
 
 def _kernels(op: str, x: Tensor, size: float) -> tuple[tuple[str, ...], str | None]:
     """The backends with a kernel for x, the best first; or none, and why."""
-    dtype = str(x.dtype).removeprefix("torch.")
-    if x.device.type == "cpu":
-        if ISA is None:
-            return (), "no C++ library"
-        return (("cpu",), None) if x.dtype in CPU_DTYPES else ((), f"no CPU kernel for {dtype}")
-    if x.device.type != "cuda":
-        return (), f"no kernel for device {x.device.type}"
-    if x.dtype not in GPU_DTYPES:
-        return (), f"no GPU kernel for {dtype}"
+    device = x.device.type
+    if device not in ("cpu", "cuda"):
+        return (), f"no kernel for device {device}"
+    if device == "cpu" and ISA is None:
+        return (), "no C++ library"
+    if x.dtype not in (CPU_DTYPES if device == "cpu" else GPU_DTYPES):
+        where = "CPU" if device == "cpu" else "GPU"
+        return (), f"no {where} kernel for {str(x.dtype).removeprefix('torch.')}"
+    if device == "cpu":
+        return ("cpu",), None
     arch = OLDEST_GPU if torch.compiler.is_compiling() else _architecture(x.device.index)
     if arch < OLDEST_GPU:
         return (), f"compute capability {arch / 10} is older than {OLDEST_GPU / 10}"
@@ -184,9 +186,7 @@ def _architecture(index: int) -> int:
 def _has_kernel(op: str, name: str) -> bool:
     if name == "triton":
         return _NO_TRITON is None
-    return _NO_CUDA is None and torch._C._dispatch_has_kernel_for_dispatch_key(
-        f"hybridops_cuda::{op}", "CUDA"
-    )
+    return op in CUDA_OPS
 
 
 def _why_no_kernel(*names: str) -> str:

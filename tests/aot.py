@@ -99,7 +99,7 @@ def patches(C, dtype=HALF):
 
 def calls():
     """At least one call for every entry of the tuning table, and for every kernel and option."""
-    for D in (32, 64, 128, 256):
+    for D in (64, 128):
         yield attend, (D,)
         yield attend, (D, FULL)
     yield attend, (16, HALF, 32, (196, 196), 64, True)  # LeViT with its table

@@ -60,6 +60,8 @@ def on_gpu(
     `counted` names what runs behind that function in `backend.served` where it is torch's own.
     """
     twin = getattr(torch.ops.hybridops_cuda, name).default
+    if torch._C._dispatch_has_kernel_for_dispatch_key(f"hybridops_cuda::{name}", "CUDA"):
+        backend.CUDA_OPS.add(name)
     module, function = kernel.split(".")
 
     def serve(*args):

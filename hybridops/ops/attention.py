@@ -36,7 +36,7 @@ from ._contract import (
     on_gpu,
 )
 
-LARGEST_GPU_HEAD = 256  # what kernels/tuned_sm*.json list
+LARGEST_GPU_HEAD = 128  # what kernels/tuned_sm*.json list
 
 
 # meaning

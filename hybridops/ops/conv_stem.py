@@ -255,9 +255,9 @@ def conv_stem(
     layout="image" gives the same bytes as a channels_last image (B, C, Ho, Wo). uint8 images enter
     as their values 0 … 255 (fold a normalisation into the first layer's weight and bias).
 
-    fp32 and bf16 (fp32 accumulation) have a CPU kernel for layers without group_norm and affine;
-    the rest goes to the reference. Raises ValueError for shapes that do not fit, TypeError for
-    dtypes.
+    fp32 and bf16 (fp32 accumulation) have a CPU kernel, and with fp16 a GPU one, for layers without
+    group_norm and affine; the rest goes to the reference. Raises ValueError for shapes that do not
+    fit, TypeError for dtypes.
     """
     if layout not in ("tokens", "image"):
         raise ValueError(f"conv_stem: layout must be 'tokens' or 'image', got {layout!r}")

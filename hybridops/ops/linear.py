@@ -143,7 +143,8 @@ def linear(
     LayerNorm over K in front, residual (..., N), packed = pack_linear(weight) or None -> (..., N),
     contiguous, in x's dtype. activation: none, relu, gelu, gelu_tanh, silu, hardswish.
 
-    fp32 and bf16 (fp32 accumulation) have a CPU kernel; other dtypes go to the reference.
+    fp32 and bf16 (fp32 accumulation) have a CPU kernel, and with fp16 a GPU one; other dtypes go to
+    the reference.
     Raises ValueError for shapes that do not fit and unknown activations, TypeError for dtypes.
     """
     if backend.runs_at_once(x):

@@ -153,7 +153,8 @@ def patch_embed(
     std (Ci,): the image enters as (image - mean) / std; a uint8 image is divided by 255 first.
     packed = pack_patch(weight), without mean and std only.
 
-    fp32 and bf16 (fp32 accumulation) have a CPU kernel; other dtypes go to the reference.
+    fp32 and bf16 (fp32 accumulation) have a CPU kernel, and with fp16 a GPU one; other dtypes go to
+    the reference.
     Raises ValueError for shapes that do not fit, TypeError for dtypes.
     """
     op = "patch_embed"

@@ -154,7 +154,8 @@ def peg(
     // 2), and so does gate, which gives x * sigmoid(z) in place of the residual. activation applies
     to the convolution's output z.
 
-    fp32 and bf16 (fp32 accumulation) have a CPU kernel; other dtypes go to the reference.
+    fp32 and bf16 (fp32 accumulation) have a CPU kernel, and with fp16 a GPU one; other dtypes go to
+    the reference.
     Raises ValueError for shapes that do not fit, TypeError for dtypes and for anything but ints
     where ints belong.
     """
