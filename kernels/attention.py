@@ -248,7 +248,9 @@ def forward(q, k, v, bias, bias_index, key_padding_mask, scale, activation):
     lse = q.new_empty((B, H, Nq), dtype=torch.float32)
     if lse.numel() == 0:
         return out, lse
-    blocks, options = _blocks("attention_forward", q, Nq, Nk, D, DV)
+    # Tiles of an int64 index beside those of a bias: at 128 x 64 they spill and fill shared memory.
+    kernel = "attention_forward" if bias is None else "attention_forward_bias"
+    blocks, options = _blocks(kernel, q, Nq, Nk, D, DV)
     m_blocks = triton.cdiv(Nq, blocks["BLOCK_M"])
     splits = _splits(B * H * m_blocks, triton.cdiv(Nk, blocks["BLOCK_N"]))
     parts = (None, None)

@@ -57,7 +57,7 @@ def _forward_kernel(
     z = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
     if bias_ptr is not None:
         z += tl.load(bias_ptr + c, c < C, 0.0).to(tl.float32)[None, :]
-    for i in tl.static_range(KH):
+    for i in range(KH):  # unrolled too, 49 taps spill
         for j in tl.static_range(KW):
             h, w = top + i, left + j
             on_grid = is_cell & (h >= 0) & (h < H) & (w >= 0) & (w < W)
@@ -156,7 +156,7 @@ def _dx_kernel(
     needs_dy = inside if RESIDUAL else inside & (is_cell[:, None] == 0)
     own = base + rows[:, None].to(tl.int64) * dy_stride[1]
     dx = tl.load(own, needs_dy, 0.0).to(tl.float32)
-    for i in tl.static_range(KH):
+    for i in range(KH):  # unrolled too, 49 taps spill
         for j in tl.static_range(KW):
             h, w = cell // W + padding - i, cell % W + padding - j  # stride times the output cell
             hit = is_cell & (h >= 0) & (w >= 0) & (h % stride == 0) & (w % stride == 0)
