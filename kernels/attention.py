@@ -301,9 +301,10 @@ def forward(q, k, v, bias, bias_index, key_padding_mask, scale, activation):
 def _blocks(kernel, q, Nq, Nk, D, DV):
     """(block sizes, launch options): the table's, no larger than what there is to do."""
     entry = tuned.config(kernel, q, max(D, DV))
-    M = min(entry.pop("BLOCK_M"), max(16, triton.next_power_of_2(Nq)))
-    N = min(entry.pop("BLOCK_N"), max(16, triton.next_power_of_2(Nk)))
-    entry["num_warps"] = min(entry["num_warps"], max(1, max(M, N) // 16))
+    M, N = entry.pop("BLOCK_M"), entry.pop("BLOCK_N")
+    full, M = M * N, min(M, max(16, triton.next_power_of_2(Nq)))
+    N = min(N, max(16, triton.next_power_of_2(Nk)))
+    entry["num_warps"] = max(1, entry["num_warps"] * M * N // full)  # as many scores per thread
     sizes = {"BLOCK_D": D, "BLOCK_DV": DV}
     padded = {name: max(16, triton.next_power_of_2(n)) for name, n in sizes.items()}
     return {"BLOCK_M": M, "BLOCK_N": N, **padded}, entry
