@@ -8,7 +8,7 @@ TORCHVISION ?= 0.28.0
 CXX_FILES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo bench test lint format build emulated512 wheel abi-check clean
+.PHONY: help venv demo bench test triton gpu lint format build emulated512 wheel abi-check clean
 
 help: ## list the targets
 	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -37,7 +37,13 @@ bench: venv build ## measure both suites and draw their report (10 minutes, on a
 	$(BENCH) report $(RESULTS)/hot_paths.json $(RESULTS)/models.json -o $(RESULTS)/report.html
 
 test: venv build emulated512 ## build and run all tests
-	$(BIN)/python -m pytest -n 2 -q tests
+	$(BIN)/python -m pytest -n 2 -q tests -m "not wide"
+
+triton: venv ## run the larger Triton cases too, in its interpreter (about an hour of one core)
+	$(BIN)/python -m pytest -n 2 -q tests/test_triton.py
+
+gpu: venv build ## prove the GPU kernels on the GPU of this machine
+	TRITON_INTERPRET=0 $(BIN)/python -m pytest -q tests/test_gpu.py
 
 lint: venv ## ruff, clang-format and mypy; changes nothing
 	$(BIN)/ruff check .

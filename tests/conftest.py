@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 
+os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports Triton; no GPU is needed
+
 import pytest
 import torch
 
@@ -13,6 +15,7 @@ from hybridops.compat import import_timm
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: takes more than about ten seconds")
+    config.addinivalue_line("markers", "wide: Triton cases beyond the small ones, by make triton")
     torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 

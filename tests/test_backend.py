@@ -24,6 +24,7 @@ def in_fresh_process(code: str, **environment: str) -> dict:
     return json.loads(done.stdout)
 
 
+NAMESPACES = ("hybridops", "hybridops_cuda")
 STATE = """
 import json, torch
 from hybridops import backend, ops
@@ -123,6 +124,79 @@ def test_fallbacks_count_calls_by_op_and_reason():
     with hybridops.use("reference"):  # asked for by name, so no fallback
         ops.linear(x, x)
     assert backend.fallbacks["linear", reason] == before + 3
+
+
+class OnGPU:
+    """What `which` looks at of a tensor."""
+
+    def __init__(self, dtype=torch.bfloat16):
+        self.dtype, self.device = dtype, torch.device("cuda", 0)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """Pretends to a GPU; gpu(arch, *kernels) says which, and what was built for it."""
+
+    def pretend(arch, *kernels):
+        monkeypatch.setattr(backend, "_architecture", lambda index: arch)
+        monkeypatch.setattr(backend, "_has_kernel", lambda op, name: name in kernels)
+        monkeypatch.setattr(backend, "available", lambda: (*kernels, "reference"))
+
+    return pretend
+
+
+def test_the_table_chooses_between_triton_and_cuda_by_size(gpu):
+    gpu(90, "triton", "cuda")
+    assert backend.which("attention", OnGPU(), size=320) == "cuda"
+    assert backend.which("attention", OnGPU(), size=321) == "triton"
+    with hybridops.use("triton"):
+        assert backend.which("attention", OnGPU(), size=49) == "triton"
+
+
+def test_rows_of_newer_architectures_do_not_serve_older_ones(gpu, monkeypatch):
+    rows = (backend.Row("cuda", arch=90), backend.Row("triton"))
+    monkeypatch.setitem(backend.GPU, "peg", rows)
+    gpu(89, "triton", "cuda")
+    assert backend.which("peg", OnGPU()) == "triton"
+    gpu(90, "triton", "cuda")
+    assert backend.which("peg", OnGPU()) == "cuda"
+
+
+@pytest.mark.parametrize("alone", ["triton", "cuda"])
+def test_one_gpu_backend_serves_where_the_other_is_absent(gpu, alone):
+    gpu(80, alone)
+    for op in backend.GPU:
+        for size in (1, 10_000):
+            assert backend.which(op, OnGPU(), size=size) == alone
+
+
+def test_a_gpu_without_kernels_is_counted_and_forcing_one_raises(gpu):
+    gpu(80)
+    before = backend.fallbacks.copy()
+    assert backend.which("peg", OnGPU()) == "reference"
+    ((op, reason),) = backend.fallbacks - before
+    assert (op, reason.startswith("no cuda or triton kernel")) == ("peg", True)
+    gpu(80, "triton")
+    assert backend.which("peg", OnGPU(torch.float64)) == "reference"
+    with hybridops.use("triton"), pytest.raises(BackendUnavailable, match="no GPU kernel for floa"):
+        backend.which("peg", OnGPU(torch.float64))
+    with hybridops.use("triton"), pytest.raises(BackendUnavailable, match="on cpu is served by"):
+        backend.which("peg", torch.ones(1))
+
+
+def test_a_gpu_before_ampere_is_not_served(gpu):
+    gpu(75, "triton", "cuda")
+    reason = "compute capability 7.5 is older than 8.0"
+    before = backend.fallbacks["peg", reason]
+    assert backend.which("peg", OnGPU()) == "reference"
+    assert backend.fallbacks["peg", reason] == before + 1
+
+
+def test_every_op_has_one_contract_for_both_gpu_backends():
+    for op in backend.GPU:
+        ours, twin = (getattr(getattr(torch.ops, ns), op).default for ns in NAMESPACES)
+        assert str(ours._schema).partition("::")[2] == str(twin._schema).partition("::")[2]
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"hybridops::{op}", "CUDA")
 
 
 def test_packing_belongs_to_the_library():
