@@ -23,7 +23,7 @@ from hybridops import backend
 ROOT = Path(__file__).resolve().parent.parent
 LIBRARY = ROOT / "build" / "_cuda_emulated.so"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-SERVED = {"peg": ("peg", "peg_backward")}
+SERVED = {"peg": ("peg", "peg_backward"), "attention": ("attention", "attention_backward")}
 pytestmark = pytest.mark.usefixtures("nan_filled", "emulated")
 
 

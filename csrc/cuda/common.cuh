@@ -134,9 +134,12 @@ class Device {
     if (shared_bytes > 48 * 1024)
       check(cudaFuncSetAttribute((const void*)kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                  (int)shared_bytes));
-    kernel<<<(unsigned)blocks, (unsigned)threads, (size_t)shared_bytes, stream_> > >(
-        Parameters(arguments)...);
-    check(cudaGetLastError());
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3((unsigned)blocks);
+    config.blockDim = dim3((unsigned)threads);
+    config.dynamicSmemBytes = (size_t)shared_bytes;
+    config.stream = stream_;
+    check(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...));
   }
 
  private:
