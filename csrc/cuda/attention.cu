@@ -90,17 +90,6 @@ HYBRIDOPS_DEVICE void stage_mask(Shared<float> mask, Global<const bool> padding,
   }
 }
 
-template <class T>
-HYBRIDOPS_DEVICE void store_pair(Global<T> to, int64_t i, int column, int columns, float x,
-                                 float y) {
-  if (columns % 2 == 0 && column < columns) {
-    to.store(i + column, Vec<T, 2>{{cast<T>(x), cast<T>(y)}});
-  } else if (columns % 2) {
-    if (column < columns) to.store(i + column, cast<T>(x));
-    if (column + 1 < columns) to.store(i + column + 1, cast<T>(y));
-  }
-}
-
 template <class T, int kWide>  // kWide: tiles of 16 that Dv takes at most
 __global__ void __launch_bounds__(kMostWarps* kWarp)
     attention_forward_kernel(Heads<T> q, Heads<T> k, Heads<T> v, Bias<T> bias, Global<T> out,

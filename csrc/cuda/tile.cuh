@@ -159,4 +159,16 @@ HYBRIDOPS_DEVICE void stage(Shared<T> to, int ld, Global<const T> from, int64_t 
   }
 }
 
+// x and y into columns `column` and the next of a row of `columns` that starts at i.
+template <class T>
+HYBRIDOPS_DEVICE void store_pair(Global<T> to, int64_t i, int column, int columns, float x,
+                                 float y) {
+  if (columns % 2 == 0 && column < columns) {
+    to.store(i + column, Vec<T, 2>{{cast<T>(x), cast<T>(y)}});
+  } else if (columns % 2) {
+    if (column < columns) to.store(i + column, cast<T>(x));
+    if (column + 1 < columns) to.store(i + column + 1, cast<T>(y));
+  }
+}
+
 }  // namespace hybridops::cuda
