@@ -106,9 +106,6 @@ HYBRIDOPS_DEVICE float shuffle_xor(float x, int mask) {
   return __shfl_xor_sync(0xffffffffu, x, mask);
 }
 HYBRIDOPS_DEVICE bool any_in_warp(bool x) { return __any_sync(0xffffffffu, x); }
-HYBRIDOPS_DEVICE void fail_if(bool wrong) {
-  if (wrong) __trap();
-}
 
 // Copies 16 bytes without registers, or zeros them; they are there after copy_wait and a barrier.
 template <class T>

@@ -169,10 +169,6 @@ inline bool any_in_warp(bool x, int line = __builtin_LINE()) {
   return mine.y;
 }
 
-inline void fail_if(bool wrong) {
-  if (wrong) simt::fail("trap: an input is out of range");
-}
-
 template <class T>
 void copy_async(Shared<T> to, Global<const T> from, bool take) {
   const int64_t offset = to.at(0, 16, "write");
