@@ -80,7 +80,7 @@ HYBRIDOPS_DEVICE void stage(Shared<float> taps, Global<const T> weight, Global<c
 
 // kK = 0: any kernel size and stride, one cell at a time.
 template <class T, int kK, int V>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 3)
     peg_forward_kernel(Global<const T> x, Global<const T> weight, Global<const T> bias, Global<T> y,
                        Grid g, int64_t x_stride_b, bool residual, bool gate, int activation) {
   constexpr int R = kK ? 4 : 1, kHeld = kK == 3 ? 3 : 1, kRow = kK ? kK : 1;
