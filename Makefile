@@ -5,10 +5,10 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 TORCH ?= 2.13.0
 TORCHVISION ?= 0.28.0
-CXX_FILES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+CXX_FILES = $(shell find csrc tests/emulation -name "*.h" -o -name "*.cpp" -o -name "*.cu" -o -name "*.cuh")
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo bench test triton gpu lint format build emulated512 wheel abi-check clean
+.PHONY: help venv demo bench test triton gpu lint format build emulated512 cuda-emulated wheel abi-check clean
 
 help: ## list the targets
 	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -36,7 +36,7 @@ bench: venv build ## measure both suites and draw their report (10 minutes, on a
 	$(BENCH) run benchmarks/models.toml --timeout 10 --json $(RESULTS)/models.json
 	$(BENCH) report $(RESULTS)/hot_paths.json $(RESULTS)/models.json -o $(RESULTS)/report.html
 
-test: venv build emulated512 ## build and run all tests
+test: venv build emulated512 cuda-emulated ## build and run all tests
 	$(BIN)/python -m pytest -n 2 -q tests -m "not wide"
 
 triton: venv ## run the larger Triton cases too, in its interpreter (about an hour of one core)
@@ -61,6 +61,9 @@ build: venv ## compile what changed, in place; fails where an install would go o
 
 emulated512: venv ## build build/_cpu_emulated512.so: the AVX-512 sources on AVX2, for tests
 	$(BIN)/python setup.py --quiet build_emulated512
+
+cuda-emulated: venv ## build build/_cuda_emulated.so: the CUDA kernels on the emulated GPU, for tests
+	$(BIN)/python setup.py --quiet build_cuda_emulated
 
 wheel: venv ## build the sdist, and the wheel from it, into dist/
 	$(BIN)/python -m build --no-isolation
