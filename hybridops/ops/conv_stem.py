@@ -247,7 +247,7 @@ def as_image(tokens, size):
 
 def _at_once(image, layers, pool, layout):
     """The kernel without the door's checks, for layers that are plain; raises for any other."""
-    size, sides, biases = image.shape[2:], [], []
+    size, sides = image.shape[2:], []
     for weight, bias, stride, padding, _, _, group_norm, affine in layers:
         if type(padding) is not int or bias is None or group_norm or affine:
             raise ValueError("not plain")
