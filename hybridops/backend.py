@@ -34,27 +34,29 @@ OLDEST_GPU = 80  # compute capability 8.0: bf16, cp.async and mma.sync as our ke
 
 
 class Row(NamedTuple):
-    """`kernel` serves calls whose size is at most `largest`, on architectures from `arch` on."""
+    """`kernel` serves calls whose size is at most `largest`, on architectures from `arch` on.
+
+    Beyond `largest` it still serves where no other row does; beyond `limit` it cannot.
+    """
 
     kernel: str
     largest: float = float("inf")
     arch: int = OLDEST_GPU
+    limit: float = float("inf")
 
 
 # Which kernel serves an op on a GPU: the first row that fits. The sizes are keys (attention), rows
-# (linear) and otherwise 0. Chosen by arithmetic: no GPU has measured them yet. A tile of 128 x 128
-# wastes 1.7x of its products at 197 tokens and 6.8x at 49, so up to about 320 keys CUDA C++, which
-# holds whole heads, goes first.
+# (linear), K (peg) and otherwise 0. Chosen by arithmetic: no GPU has measured them yet. A tile of
+# 128 x 128 wastes 1.7x of its products at 197 tokens and 6.8x at 49, so up to about 320 keys
+# CUDA C++, which holds whole heads, goes first.
 GPU: dict[str, tuple[Row, ...]] = {
     "attention": (Row("cuda", largest=320), Row("triton")),
     "attention_backward": (Row("cuda", largest=320), Row("triton")),
-    "peg": (Row("cuda"), Row("triton")),
-    "peg_backward": (Row("cuda"), Row("triton")),
-    "conv_stem": (Row("cuda"), Row("triton")),
-    "conv_backward": (Row("cuda"), Row("triton")),
-    "patch_embed": (Row("cuda"), Row("triton")),
+    "peg": (Row("cuda", limit=16), Row("triton")),
+    "peg_backward": (Row("cuda", limit=16), Row("triton")),
+    "conv_stem": (Row("triton"),),
+    "patch_embed": (Row("triton"),),
     "linear": (Row("triton"), Row("cuda")),
-    "linear_backward": (Row("triton"), Row("cuda")),
 }
 
 
@@ -170,7 +172,7 @@ def _kernels(op: str, x: Tensor, size: float) -> tuple[tuple[str, ...], str | No
     arch = OLDEST_GPU if torch.compiler.is_compiling() else _architecture(x.device.index)
     if arch < OLDEST_GPU:
         return (), f"compute capability {arch / 10} is older than {OLDEST_GPU / 10}"
-    rows = GPU[op]
+    rows = [row for row in GPU[op] if size <= row.limit]
     fitting = [row for row in rows if size <= row.largest and arch >= row.arch]
     order = dict.fromkeys(row.kernel for row in (*fitting, *rows))
     names = tuple(name for name in order if _has_kernel(op, name))
@@ -198,8 +200,8 @@ def which(op: str, x: Tensor, unserved: str | None = None, size: float = 0) -> s
     """The backend for `op` on tensors like `x`, or "reference" (counted in `fallbacks`).
 
     "cpu", "triton", "cuda" or "reference". `unserved` is the op's own reason for which no kernel
-    can take this call, if any; `size` is what the table `GPU` compares (the door, which only asks
-    whether any kernel serves, leaves it out).
+    can take this call, if any; `size` is what the table `GPU` compares (a door, which only asks
+    whether any kernel serves, leaves it out where no row has a limit).
     Raises BackendUnavailable when `use()` forces a backend that cannot serve.
     """
     if _forced == "reference":

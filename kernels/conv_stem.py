@@ -8,8 +8,6 @@ the tokens (B, H*W, C) are read as the channels_last image they are. Backward is
 convolution_backward (cuDNN).
 """
 
-import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 
@@ -223,40 +221,3 @@ def forward(image, weights, biases, packed, strides, paddings, activations, pool
             num_warps=4,
         )
     return y
-
-
-def backward(dz, image, weight, stride, padding, needs_dimage):
-    """(dimage as (B, H, W, Ci) or empty, dweight, dbias) by torch, as deterministic as cuDNN is."""
-    (B, Ci, H, W), (Co, _, KH, KW) = image.shape, weight.shape
-    top, left, bottom, right = padding
-    Ho, Wo = (H + top + bottom - KH) // stride + 1, (W + left + right - KW) // stride + 1
-    if 0 in (B, Ci, Co, H, W):
-        dimage = dz.new_zeros((B, H, W, Ci) if needs_dimage else (0,))
-        return dimage, weight.new_zeros(weight.shape), dz.sum((0, 1))
-    same = (top, left) == (bottom, right)  # else the padding is made, and cut off again
-    around = (top, left) if same else (0, 0)
-    x = image.to(weight.dtype)
-    x = x if same else F.pad(x, (left, right, top, bottom))
-    with torch.backends.cudnn.flags(
-        enabled=torch.backends.cudnn.enabled,
-        benchmark=torch.backends.cudnn.benchmark,
-        deterministic=True,
-        allow_tf32=torch.backends.cudnn.allow_tf32,
-    ):
-        dx, dweight, dbias = torch.ops.aten.convolution_backward(
-            dz.unflatten(1, (Ho, Wo)).permute(0, 3, 1, 2),
-            x,
-            weight,
-            [Co],
-            [stride, stride],
-            around,
-            [1, 1],
-            False,
-            [0, 0],
-            1,
-            [needs_dimage, True, True],
-        )
-    if not needs_dimage:
-        return dz.new_empty(0), dweight.contiguous(), dbias
-    dx = dx if same else dx[:, :, top : top + H, left : left + W]
-    return dx.permute(0, 2, 3, 1).contiguous(), dweight.contiguous(), dbias

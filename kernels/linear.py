@@ -5,7 +5,6 @@ A LayerNorm in front costs no pass of its own: every program takes mean and vari
 Backward is two plain products and a sum, which nothing does better than torch's own (cuBLAS).
 """
 
-import torch
 import triton
 import triton.language as tl
 
@@ -128,12 +127,3 @@ def forward(x, weight, bias, packed, norm_weight, norm_bias, eps, residual, acti
         **entry,
     )
     return y
-
-
-def backward(dy, x, weight):
-    """(dx, dweight, dbias), contiguous: torch's own products."""
-    N, K = weight.shape
-    M = x.shape[:-1].numel()
-    dy, rows = dy.reshape(M, N), x.reshape(M, K)
-    dx = (dy @ weight).view(x.shape)
-    return dx, dy.t() @ rows, dy.sum(0, dtype=torch.float32).to(weight.dtype)

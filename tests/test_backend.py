@@ -12,6 +12,7 @@ import torch
 
 import hybridops
 from hybridops import BackendUnavailable, backend, ops
+from hybridops.ops._contract import ON_GPU
 
 
 def in_fresh_process(code: str, **environment: str) -> dict:
@@ -165,9 +166,54 @@ def test_rows_of_newer_architectures_do_not_serve_older_ones(gpu, monkeypatch):
 @pytest.mark.parametrize("alone", ["triton", "cuda"])
 def test_one_gpu_backend_serves_where_the_other_is_absent(gpu, alone):
     gpu(80, alone)
-    for op in backend.GPU:
-        for size in (1, 10_000):
-            assert backend.which(op, OnGPU(), size=size) == alone
+    for op, rows in backend.GPU.items():
+        for row in rows:
+            for size in (1, min(10_000, row.limit)):
+                if row.kernel == alone:
+                    assert backend.which(op, OnGPU(), size=size) == alone
+
+
+def test_a_call_beyond_a_kernels_limit_goes_to_the_other_one(gpu):
+    gpu(90, "triton", "cuda")
+    assert backend.which("peg", OnGPU(), size=16) == "cuda"
+    assert backend.which("peg", OnGPU(), size=17) == "triton"
+    with (
+        hybridops.use("cuda"),
+        pytest.raises(BackendUnavailable, match="on cuda is served by triton"),
+    ):
+        backend.which("peg", OnGPU(), size=17)
+    gpu(90, "cuda")
+    assert backend.which("peg", OnGPU(), size=17) == "reference"
+
+
+def test_ops_without_a_cuda_kernel_are_never_sent_there(monkeypatch):
+    """The table read with the library that csrc/cuda makes: it registers what it has."""
+    monkeypatch.setattr(backend, "_architecture", lambda index: 90)
+    monkeypatch.setattr(backend, "CUDA_OPS", {"attention", "peg", "linear"})
+    monkeypatch.setattr(backend, "_NO_TRITON", None)
+    for op in ("conv_stem", "patch_embed", "peg_backward"):
+        assert backend.which(op, OnGPU()) == "triton"
+    monkeypatch.setattr(backend, "_NO_TRITON", "triton is not installed")
+    for op in ("conv_stem", "patch_embed", "peg_backward"):
+        assert backend.which(op, OnGPU()) == "reference"
+
+
+@pytest.mark.parametrize("op", ["linear_backward", "conv_backward"])
+def test_gradients_by_torch_need_no_triton_and_no_choice(op):
+    """They run under use("cuda") and use("triton"), and where neither is there."""
+    assert op not in backend.GPU
+    dy, x = torch.randn(3, 2), torch.randn(3, 5)
+    if op == "linear_backward":
+        arguments = (dy, x, torch.randn(2, 5))
+    else:
+        arguments = (torch.randn(1, 4, 2), torch.randn(1, 3, 2, 2), torch.randn(2, 3, 1, 1))
+        arguments += (1, [0] * 4, True)
+    ours = getattr(torch.ops.hybridops, op)(*arguments) if backend.ISA else None
+    served = backend.served.total()
+    found = ON_GPU[op](*arguments)
+    assert backend.served.total() == served + 1
+    for a, b in zip(found, ours or found, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_a_gpu_without_kernels_is_counted_and_forcing_one_raises(gpu):

@@ -20,6 +20,7 @@ from cases import CASES
 
 from hybridops import backend
 from hybridops.bench import case as cases
+from hybridops.ops._contract import ON_GPU
 
 ROOT = Path(__file__).resolve().parent.parent
 LIBRARY = ROOT / "build" / "_cuda_emulated.so"
@@ -49,12 +50,6 @@ def library() -> None:
     torch.ops.load_library(str(LIBRARY))
 
 
-def linear_backward(dy, x, weight):
-    """cuBLAS's on a GPU."""
-    rows, columns = (t[None].flatten(0, -2) for t in (dy, x))
-    return (rows @ weight).view(x.shape), rows.t() @ columns, rows.sum(0)
-
-
 @pytest.fixture
 def emulated(library, monkeypatch):
     """The public ops on CPU tensors run the CUDA kernels while a test runs."""
@@ -65,7 +60,7 @@ def emulated(library, monkeypatch):
         for op in ops:
             kernel = getattr(torch.ops.hybridops_cuda, op).default
             override.impl(op, kernel, "CPU", allow_override=True)
-    override.impl("linear_backward", linear_backward, "CPU", allow_override=True)
+    override.impl("linear_backward", ON_GPU["linear_backward"], "CPU", allow_override=True)
     override.impl("pack_linear", torch.clone, "CPU", allow_override=True)  # nothing is packed
     monkeypatch.setattr(backend, "CPU_DTYPES", tuple(DTYPES))
     yield

@@ -15,7 +15,6 @@ from hybridops.kernels import tuned
 pytest.importorskip("triton", reason="Triton is not installed")
 AOT = Path(__file__).with_name("aot.py")
 SHARED = {80: 163 * 1024, 90: 227 * 1024}  # bytes that one program may have
-STACK = 8  # bytes that no spill makes: the smallest attention kernel has them at 80 registers
 
 
 @pytest.mark.parametrize("arch", tuned.ARCHITECTURES)
@@ -40,5 +39,5 @@ def test_every_configuration_compiles_without_spills(arch, tmp_path):
     for row in found["rows"]:
         figures = f"{row['registers']:4} {row['shared']:7} {row['spilled']:5}"
         print(f"{row['kernel']:30} {row['call']:44} {figures}")
-    bad = [row for row in found["rows"] if row["spilled"] > STACK or row["shared"] > SHARED[arch]]
+    bad = [row for row in found["rows"] if row["spilled"] or row["shared"] > SHARED[arch]]
     assert not bad, json.dumps(bad, indent=1)

@@ -50,14 +50,11 @@ def define(name: str, signature: str) -> None:
         one.define(name + signature)
 
 
-def on_gpu(
-    name: str, kernel: str, key: Callable[..., tuple[Tensor, float]], counted: str = "triton"
-) -> None:
+def on_gpu(name: str, kernel: str, key: Callable[..., tuple[Tensor, float]]) -> None:
     """Registers what serves hybridops::name on a GPU.
 
     `kernel` is the Triton one, "file.function" in hybridops.kernels, imported by the first call.
     key(*args) gives a tensor that speaks for the call, and the size that `backend.GPU` compares.
-    `counted` names what runs behind that function in `backend.served` where it is torch's own.
     """
     twin = getattr(torch.ops.hybridops_cuda, name).default
     if torch._C._dispatch_has_kernel_for_dispatch_key(f"hybridops_cuda::{name}", "CUDA"):
@@ -69,9 +66,20 @@ def on_gpu(
         if backend.which(name, x, size=size) == "cuda":
             backend.served[name, "cuda"] += 1
             return twin(*args)
-        backend.served[name, counted] += 1
+        backend.served[name, "triton"] += 1
         with torch.cuda.device_of(x):  # Triton launches on the current device
             return getattr(importlib.import_module(f"hybridops.kernels.{module}"), function)(*args)
+
+    library.impl(name, serve, "CUDA")
+    ON_GPU[name] = serve
+
+
+def on_gpu_by_torch(name: str, function: Callable, counted: str) -> None:
+    """torch's own product serves hybridops::name on a GPU, on purpose; `counted` names it."""
+
+    def serve(*args):
+        backend.served[name, counted] += 1
+        return function(*args)
 
     library.impl(name, serve, "CUDA")
     ON_GPU[name] = serve

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import backend
+from . import _by_torch
 from ._contract import (
     CODES,
     LARGEST_PADDING,
@@ -36,6 +37,7 @@ from ._contract import (
     is_autocast_on,
     library,
     on_gpu,
+    on_gpu_by_torch,
 )
 from .linear import pack_linear
 
@@ -169,12 +171,7 @@ def _(dz, image, weight, stride, padding, needs_dimage):
 
 
 on_gpu("conv_stem", "conv_stem.forward", lambda image, weights, *_: (weights[0], 0))
-on_gpu(
-    "conv_backward",
-    "conv_stem.backward",
-    lambda dz, image, weight, *_: (weight, 0),
-    counted="cuDNN",
-)
+on_gpu_by_torch("conv_backward", _by_torch.conv_backward, "cuDNN")
 
 
 # gradient: intermediates are recomputed layer by layer; the convolutions run in the kernel

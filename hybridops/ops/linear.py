@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import backend
+from . import _by_torch
 from ._contract import (
     CODES,
     REFUSALS,
@@ -31,6 +32,7 @@ from ._contract import (
     is_autocast_on,
     library,
     on_gpu,
+    on_gpu_by_torch,
     unpack_norm,
 )
 
@@ -70,12 +72,7 @@ def _rows(x, weight):
 
 
 on_gpu("linear", "linear.forward", lambda x, weight, *_: (x, _rows(x, weight)))
-on_gpu(
-    "linear_backward",
-    "linear.backward",
-    lambda dy, x, weight: (x, _rows(x, weight)),
-    counted="cuBLAS",
-)
+on_gpu_by_torch("linear_backward", _by_torch.linear_backward, "cuBLAS")
 
 
 # gradient: the two matrix products in the kernel, norm and activation (recomputed, nothing extra is

@@ -84,8 +84,8 @@ def _(dy, x, weight, *args):
     return x.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape[:1])
 
 
-on_gpu("peg", "peg.forward", lambda x, *_: (x, 0))
-on_gpu("peg_backward", "peg.backward", lambda dy, x, *_: (x, 0))
+on_gpu("peg", "peg.forward", lambda x, weight, *_: (x, weight.shape[-1]))
+on_gpu("peg_backward", "peg.backward", lambda dy, x, weight, *_: (x, weight.shape[-1]))
 
 
 # gradient: dx, dweight and dbias of the plain conv (+ residual) in one pass; activation and gate,
@@ -195,7 +195,7 @@ def peg(
             f"peg: residual and gate need an output grid like the input's {H}x{W}, "
             f"but stride {stride} and padding {padding} give {Ho}x{Wo}"
         )
-    if backend.which("peg", x, _unserved(x, H, W)) == "reference":
+    if backend.which("peg", x, _unserved(x, H, W), size=K) == "reference":
         return peg_reference(x, weight, bias, H, W, prefix, stride, padding, residual, code, gate)
     return _forward(x, weight, bias, H, W, prefix, stride, padding, residual, code, gate)
 
