@@ -8,7 +8,7 @@ TORCHVISION ?= 0.28.0
 CXX_FILES = $(shell find csrc tests/emulation -name "*.h" -o -name "*.cpp" -o -name "*.cu" -o -name "*.cuh")
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo bench test triton gpu lint format build emulated512 cuda-emulated wheel abi-check clean
+.PHONY: help venv demo bench test wide gpu lint format build emulated512 cuda-emulated wheel abi-check clean
 
 help: ## list the targets
 	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -39,8 +39,8 @@ bench: venv build ## measure both suites and draw their report (10 minutes, on a
 test: venv build emulated512 cuda-emulated ## build and run all tests
 	$(BIN)/python -m pytest -n 2 -q tests -m "not wide"
 
-triton: venv ## run the larger Triton cases too, in its interpreter (about an hour of one core)
-	$(BIN)/python -m pytest -n 2 -q tests/test_triton.py
+wide: venv build cuda-emulated ## the larger cases of the GPU kernels, without a GPU (an hour or more)
+	$(BIN)/python -m pytest -n 2 -q tests -m wide
 
 gpu: venv build ## prove the GPU kernels on the GPU of this machine
 	TRITON_INTERPRET=0 $(BIN)/python -m pytest -q tests/test_gpu.py

@@ -90,7 +90,7 @@ except NotImplementedError as error:
 """
 
 
-@pytest.mark.slow
+@pytest.mark.wide
 def test_the_library_builds_for_every_architecture_and_loads_without_a_gpu(tmp_path):
     build = [sys.executable, "setup.py", "--quiet", "build_ext", "--strict"]
     build += ["--build-lib", str(tmp_path / "lib"), "--build-temp", str(tmp_path / "temp")]

@@ -78,12 +78,19 @@ def work(case) -> int:
     return q.numel() * (case.Nk or case.Nq) + v.numel() * case.Nq
 
 
-WORK = {case: work(case) for op in SERVED for case in CASES[op] if not case.unserved}
-SMALL = [case for case in WORK if WORK[case] < 3e6]
+SMALL = 1e6
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
-@pytest.mark.parametrize("case", SMALL, ids=str)
+def cases_and_dtypes():
+    """Small cases in fp32 and bf16; larger ones, and fp16, by `make wide`."""
+    for case in (case for op in SERVED for case in CASES[op] if not case.unserved):
+        for dtype in DTYPES:
+            quick = work(case) <= SMALL and dtype != torch.float16
+            name = f"{case}-{str(dtype).removeprefix('torch.')}"
+            yield pytest.param(case, dtype, marks=() if quick else pytest.mark.wide, id=name)
+
+
+@pytest.mark.parametrize(("case", "dtype"), cases_and_dtypes())
 def test_matches(case, dtype):
     check.outputs_and_gradients(case, dtype, "cpu")
 
@@ -98,8 +105,15 @@ LAYOUTS = [
 ]
 
 
-@pytest.mark.parametrize("grad_layout", check.GRAD_LAYOUTS)
-@pytest.mark.parametrize("layout", cases.INPUT_LAYOUTS)
+def pairs_of_layouts():
+    """Each layout of the inputs with one of the gradient, in turn; all pairs by `make wide`."""
+    for i, layout in enumerate(cases.INPUT_LAYOUTS):
+        for j, grad_layout in enumerate(check.GRAD_LAYOUTS):
+            marks = () if i % len(check.GRAD_LAYOUTS) == j else pytest.mark.wide
+            yield pytest.param(layout, grad_layout, marks=marks)
+
+
+@pytest.mark.parametrize(("layout", "grad_layout"), pairs_of_layouts())
 @pytest.mark.parametrize("case", LAYOUTS, ids=str)
 def test_layout_matches(case, layout, grad_layout):
     check.outputs_and_gradients(case, torch.bfloat16, "cpu", layout, grad_layout)
@@ -133,10 +147,3 @@ def test_a_kernel_too_large_is_refused_by_name():
     x, weight = torch.zeros(1, 4, 8), torch.zeros(8, 1, 17, 17)
     with pytest.raises(RuntimeError, match="K up to 16, got 17"):
         torch.ops.hybridops_cuda.peg(x, weight, None, 2, 2, 0, 1, 8, True, 0, False)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
-@pytest.mark.parametrize("case", [c for c in WORK if c not in SMALL], ids=str)
-def test_matches_at_full_size(case, dtype):
-    check.outputs_and_gradients(case, dtype, "cpu")
