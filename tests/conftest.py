@@ -15,9 +15,7 @@ from hybridops.compat import import_timm
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: takes more than about ten seconds")
-    config.addinivalue_line(
-        "markers", "wide: larger cases of the GPU kernels, by make wide"
-    )
+    config.addinivalue_line("markers", "wide: larger cases of the GPU kernels, by make wide")
     torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 

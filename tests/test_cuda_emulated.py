@@ -61,7 +61,11 @@ def emulated(library, monkeypatch):
             kernel = getattr(torch.ops.hybridops_cuda, op).default
             override.impl(op, kernel, "CPU", allow_override=True)
     override.impl("linear_backward", ON_GPU["linear_backward"], "CPU", allow_override=True)
-    override.impl("pack_linear", torch.clone, "CPU", allow_override=True)  # nothing is packed
+
+    def unpacked(weight, runs):  # nothing is packed on a GPU
+        return weight.clone()
+
+    override.impl("pack_linear", unpacked, "CPU", allow_override=True)
     monkeypatch.setattr(backend, "CPU_DTYPES", tuple(DTYPES))
     yield
     override._destroy()
