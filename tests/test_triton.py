@@ -95,6 +95,13 @@ def test_few_queries_split_the_keys():
     check.outputs_and_gradients(SPLIT, torch.float32, "triton")
 
 
+@pytest.mark.parametrize("bias", [(1, 1, 20, 40), "table"], ids=str)
+def test_padded_keys_beside_a_bias(bias):
+    """Smaller than the shared cases of both, which are for `make wide`."""
+    case = Attention("padded", B=2, H=1, Nq=20, Nk=40, D=16, bias=bias, mask="tail")
+    check.outputs_and_gradients(case, torch.float32, "triton")
+
+
 @pytest.mark.parametrize("bias", [(1, 2, 20, 33), (1, 1, 1, 33), (2, 1, 20, 33)], ids=str)
 def test_gradient_of_the_bias_does_not_depend_on_how_it_is_cut(bias, monkeypatch):
     from hybridops.kernels import tuned
