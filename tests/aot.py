@@ -105,7 +105,7 @@ def calls():
     yield attend, (16, HALF, 32, (196, 196), 64, True)  # LeViT with its table
     yield attend, (128, HALF, 128, (196, 196), 8, True)
     for D in (64, 128):
-        yield attend, (D, FULL, D, (196, 196), 8, True, False, False)
+        yield attend, (D, FULL, D, (196, 196), 8, True)
     yield attend, (32, HALF, 32, (100, 950), 2, False, True)  # DETR: padding, split keys
     yield attend, (16, HALF, 16, (1, 1), 1, True, True)  # sizes that become constants
     for K in (3, 7):
