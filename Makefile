@@ -5,10 +5,11 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 TORCH ?= 2.13.0
 TORCHVISION ?= 0.28.0
-CXX_FILES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+CXX_FILES = $(shell find csrc tests/emulation -name "*.h" -o -name "*.cpp" -o -name "*.cu" -o -name "*.cuh")
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo bench test test-models lint format build emulated512 wheel abi-check clean
+.PHONY: help venv demo bench test test-models wide gpu lint format build emulated512 cuda-emulated wheel
+.PHONY: abi-check clean
 
 help: ## list the targets
 	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -36,11 +37,17 @@ bench: venv build ## measure both suites and draw their report (10 minutes, on a
 	$(BENCH) run benchmarks/models.toml --timeout 10 --json $(RESULTS)/models.json
 	$(BENCH) report $(RESULTS)/hot_paths.json $(RESULTS)/models.json -o $(RESULTS)/report.html
 
-test: venv build emulated512 ## build and run all tests, but for models at their real size
-	$(BIN)/python -m pytest -n 2 -q -m "not models" tests
+test: venv build emulated512 cuda-emulated ## build and run all tests, but for wide and test-models
+	$(BIN)/python -m pytest -n 2 -q -m "not models and not wide" tests
 
 test-models: venv build ## models at their real size against timm's (minutes, 8 GB of memory)
 	$(BIN)/python -m pytest -q -m models tests
+
+wide: venv build cuda-emulated ## the larger cases of the GPU kernels, without a GPU (an hour or more)
+	$(BIN)/python -m pytest -n 2 -q tests -m wide
+
+gpu: venv build ## prove the GPU kernels on the GPU of this machine
+	TRITON_INTERPRET=0 $(BIN)/python -m pytest -q tests/test_gpu.py
 
 lint: venv ## ruff, clang-format and mypy; changes nothing
 	$(BIN)/ruff check .
@@ -58,6 +65,9 @@ build: venv ## compile what changed, in place; fails where an install would go o
 
 emulated512: venv ## build build/_cpu_emulated512.so: the AVX-512 sources on AVX2, for tests
 	$(BIN)/python setup.py --quiet build_emulated512
+
+cuda-emulated: venv ## build build/_cuda_emulated.so: the CUDA kernels on the emulated GPU, for tests
+	$(BIN)/python setup.py --quiet build_cuda_emulated
 
 wheel: venv ## build the sdist, and the wheel from it, into dist/
 	$(BIN)/python -m build --no-isolation

@@ -3,14 +3,16 @@
 What is built, into hybridops/:
     _cpu_avx2.so, _cpu_avx512.so   csrc/simd/*.cpp once per ISA, plus csrc/cpu/*.cpp compiled once;
                                    LibTorch stable ABI: no Python symbols, any torch from 2.11 on
+    _cuda.so                       csrc/cuda/*.cu by nvcc, the same ABI; loads beside a CPU torch
     _host.<python tag>.so          csrc/host/probe.cpp, pybind11; everything works without it
     _build_info.json               what was built or why not; `python -m hybridops doctor` reads it
 
 Without torch, a compiler or ninja, or when a compile fails, the package installs as pure Python.
-`build_ext --strict` fails instead; `build_emulated512` builds build/_cpu_emulated512.so for tests.
+`build_ext --strict` fails instead. `build_emulated512` builds build/_cpu_emulated512.so for tests,
+`build_cuda_emulated` build/_cuda_emulated.so: csrc/cuda on the emulated GPU of tests/emulation.
 
-CXX names the compiler, MAX_JOBS caps the parallel jobs. HYBRIDOPS_CUDA=auto|1|0 is reserved for
-the CUDA sources (csrc/cuda/*.cu): it does nothing while there are none.
+CXX names the compiler, MAX_JOBS caps the parallel jobs. HYBRIDOPS_CUDA=1 builds _cuda.so, 0 does
+not, and auto (the default) does where there is an nvcc and the installed torch is for its CUDA.
 """
 
 import fcntl
@@ -19,6 +21,7 @@ import importlib.util
 import json
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -49,6 +52,13 @@ ISA = {
     "emulated512": f"{AVX2} -O1 -Wno-psabi -DHYBRIDOPS_ISA_AVX512 -DHYBRIDOPS_EMULATE",
 }
 SHIPPED = ("avx2", "avx512")
+# One intermediate code for all: sm_80 instructions are all that the kernels use, and the code
+# generator takes as long as the assembler. PTX for what comes after.
+NVCC = (
+    "-std=c++20 -O3 -Xcompiler -fPIC,-fvisibility=hidden,-fstack-protector-strong "
+    "-gencode arch=compute_80,code=[sm_80,sm_86,sm_89,sm_90,compute_80] --resource-usage"
+)
+EMULATED_CUDA = f"{AVX2} -O2 -Wno-unknown-pragmas -DHYBRIDOPS_EMULATE"
 HOST = "_host" + sysconfig.get_config_var("EXT_SUFFIX")
 
 
@@ -93,7 +103,36 @@ def find_ninja() -> list[str]:
     raise Unbuildable("ninja is not installed (pip install ninja)")
 
 
-def ninja_file(flavours: tuple[str, ...], cxx: str, torch: Path, pybind11: str | None) -> str:
+def find_nvcc(torch: Path) -> Path:
+    """The nvcc that builds _cuda.so; Unbuildable says why there is to be none."""
+    wanted = os.environ.get("HYBRIDOPS_CUDA", "auto")
+    if wanted not in ("auto", "1", "0"):
+        raise Unbuildable(f"HYBRIDOPS_CUDA must be auto, 1 or 0, got {wanted!r}")
+    if wanted == "0":
+        raise Unbuildable("HYBRIDOPS_CUDA=0")
+    home = os.environ.get("CUDA_HOME")
+    found = shutil.which(str(Path(home, "bin/nvcc")) if home else "nvcc")
+    if found is None:
+        raise Unbuildable(f"no nvcc {'under CUDA_HOME' if home else 'on the PATH'}")
+    text = subprocess.run([found, "--version"], capture_output=True, text=True).stdout
+    nvcc = re.search(r"release (\d+)\.", text)
+    ours = re.search(r"^cuda[^=]*= '(\d+)\.", (torch / "version.py").read_text(), re.MULTILINE)
+    if wanted == "auto" and ours is None:
+        raise Unbuildable("the installed torch has no CUDA (HYBRIDOPS_CUDA=1 builds anyway)")
+    if wanted == "auto" and (nvcc is None or nvcc[1] != ours[1]):
+        raise Unbuildable(f"nvcc is for CUDA {nvcc and nvcc[1]}, the installed torch for {ours[1]}")
+    return Path(found)
+
+
+def cuda_folder(nvcc: Path) -> Path:
+    """The toolkit's folder; nvcc itself knows it best, as it may be a link or a script."""
+    asked = subprocess.run([nvcc, "--dryrun", "x.cu"], capture_output=True, text=True).stderr
+    return Path(re.search(r"^#\$ TOP=(.*)$", asked, re.MULTILINE)[1]).resolve()
+
+
+def ninja_file(
+    flavours: tuple[str, ...], cxx: str, torch: Path, pybind11: str | None, nvcc: Path | None
+) -> str:
     """One compile edge per (source, flavour), one link edge per library."""
 
     def path(p) -> str:
@@ -112,28 +151,46 @@ def ninja_file(flavours: tuple[str, ...], cxx: str, torch: Path, pybind11: str |
         "  command = $cxx $flags -MD -MF $out.d -c $in -o $out",  # MD, not MMD: sees a new torch
         "  depfile = $out.d",
         "  deps = gcc",
+        "rule nvcc",
+        f"  command = {nvcc} $flags -MD -MF $out.d -c $in -o $out > $out.log 2>&1"
+        " || (cat $out.log; exit 1)",
+        "  depfile = $out.d",
+        "  deps = gcc",
         "rule link",
         f"  command = $cxx {LINK} $in -o $out $libs",
     ]
 
-    def compile(sources: list[Path], folder: str, flags: str) -> list[str]:
+    def compile(sources: list[Path], folder: str, flags: str, rule: str = "compile") -> list[str]:
         objects = []
         for source in sources:
             objects.append(f"{folder}/{source.stem}.o")
-            lines.append(f"build {objects[-1]}: compile {path(source)}\n  flags = {common} {flags}")
+            lines.append(f"build {objects[-1]}: {rule} {path(source)}\n  flags = {flags}")
         return objects
 
-    cpu = compile(
-        sorted((ROOT / "csrc/cpu").glob("*.cpp")), "cpu", f"{STABLE} {system(torch / 'include')}"
-    )
+    stable = f"{STABLE} {system(torch / 'include')}"
+    torch_cpu = f"-Wl,--no-undefined -L{quoted(torch / 'lib')} -ltorch_cpu"
+    cuda_sources = sorted((ROOT / "csrc/cuda").glob("*.cu"))
+    if nvcc:
+        include = f"-isystem {quoted(torch / 'include')}"
+        prefixes = "".join(
+            f" -Xcompiler -ffile-prefix-map={quoted(f'{folder}/')}="
+            for folder in (torch / "include", ROOT)
+        )
+        objects = compile(cuda_sources, "cuda", f"{NVCC} {STABLE} {include}{prefixes}", "nvcc")
+        libs = f"{torch_cpu} -L{quoted(cuda_folder(nvcc) / 'lib64')} -lcudart_static -ldl -lrt"
+        lines.append(f"build _cuda.so: link {' '.join(objects)}\n  libs = {libs} -lpthread")
+    emulation = f"{common} {EMULATED_CUDA} -I{quoted(ROOT / 'tests/emulation')}"
+    objects = compile(cuda_sources, "cuda_emulated", f"{emulation} {stable} -x c++")
+    objects += compile(sorted((ROOT / "tests/emulation").glob("*.cpp")), "cuda_emulated", emulation)
+    lines.append(f"build _cuda_emulated.so: link {' '.join(objects)}\n  libs = {torch_cpu}")
+    cpu = compile(sorted((ROOT / "csrc/cpu").glob("*.cpp")), "cpu", f"{common} {stable}")
     for flavour in flavours:
         simd = sorted((ROOT / "csrc/simd").glob("*.cpp"))
-        objects = compile(simd, flavour, ISA[flavour]) + cpu
-        libs = f"-Wl,--no-undefined -L{quoted(torch / 'lib')} -ltorch_cpu"
-        lines.append(f"build _cpu_{flavour}.so: link {' '.join(objects)}\n  libs = {libs}")
+        objects = compile(simd, flavour, f"{common} {ISA[flavour]}") + cpu
+        lines.append(f"build _cpu_{flavour}.so: link {' '.join(objects)}\n  libs = {torch_cpu}")
     if pybind11:
         python = sysconfig.get_paths()["include"]
-        flags = f"{system(pybind11)} {system(python)}"
+        flags = f"{common} {system(pybind11)} {system(python)}"
         # Python's own symbols come from the interpreter, so they stay undefined here.
         (host,) = compile([ROOT / "csrc/host/probe.cpp"], "host", flags)
         lines.append(f"build {HOST}: link {host}\n  libs =")
@@ -160,10 +217,16 @@ def run_ninja(targets: list[str], folder: Path, ninja_text: str) -> dict[str, st
     return failed
 
 
-def build_native(flavours: tuple[str, ...], folder: Path, with_host: bool) -> dict:
+def build_native(
+    flavours: tuple[str, ...],
+    folder: Path,
+    with_host: bool = False,
+    with_cuda: bool = False,
+    emulated_cuda: bool = False,
+) -> dict:
     """The content of _build_info.json, after building what can be built into `folder`."""
     info = {"compiled": False, "reason": None, "torch": None, "compiler": None, "libraries": []}
-    info |= {"host": False, "host_reason": None}
+    info |= {"host": False, "host_reason": None, "cuda": False, "cuda_reason": None}
     try:
         if platform.system() != "Linux" or platform.machine() != "x86_64":
             where = f"{platform.system()} on {platform.machine()}"
@@ -178,20 +241,28 @@ def build_native(flavours: tuple[str, ...], folder: Path, with_host: bool) -> di
             import pybind11 as module
 
             pybind11 = module.get_include()
+        nvcc = None
+        try:
+            nvcc = find_nvcc(torch) if with_cuda else None
+        except Unbuildable as error:
+            info["cuda_reason"] = str(error)
         targets = [f"_cpu_{flavour}.so" for flavour in flavours] + [HOST] * bool(pybind11)
-        text = ninja_file(flavours, compiler, torch, pybind11)
+        targets += ["_cuda.so"] * bool(nvcc) + ["_cuda_emulated.so"] * emulated_cuda
+        text = ninja_file(flavours, compiler, torch, pybind11, nvcc)
         failed = run_ninja(targets, folder, text) if targets else {}
     except Unbuildable as error:
-        info["reason"] = info["host_reason"] = str(error)
+        info["reason"] = info["host_reason"] = info["cuda_reason"] = str(error)
         return info
     info["libraries"] = [t for t in targets if t not in failed and t != HOST]
     info["compiled"] = bool(info["libraries"])
+    info["cuda"] = "_cuda.so" in info["libraries"]
+    info["cuda_reason"] = failed.get("_cuda.so", info["cuda_reason"])
     info["host"] = HOST in targets and HOST not in failed
     info["host_reason"] = failed.pop(HOST, None if pybind11 else "pybind11 is not installed")
     if failed:
         why = "; ".join(dict.fromkeys(failed.values()))
         info["reason"] = f"{' and '.join(failed)} failed: {why} (all of it: {folder / 'build.log'})"
-    elif not flavours:
+    elif not targets:
         info["reason"] = "there are no C++ sources in csrc/cpu"
     return info
 
@@ -225,13 +296,17 @@ class BuildExt(build_ext):
         super().finalize_options()
 
     def run(self):
-        self.info = info = build_native(SHIPPED, self.native, with_host=True)
+        self.info = info = build_native(SHIPPED, self.native, with_host=True, with_cuda=True)
         package = (
             ROOT / "hybridops" if self.inplace else Path(self.build_lib).resolve() / "hybridops"
         )
         package.mkdir(parents=True, exist_ok=True)
         names = info["libraries"] + [HOST] * info["host"]
-        for old in [*package.glob("_cpu_*.so"), package / HOST]:  # what failed now must not stay
+        for old in [
+            *package.glob("_cpu_*.so"),
+            package / "_cuda.so",
+            package / HOST,
+        ]:  # what failed now must not stay
             if old.name not in names:
                 old.unlink(missing_ok=True)
         for name in names:
@@ -241,6 +316,8 @@ class BuildExt(build_ext):
         if info["reason"]:
             kept = " and ".join(info["libraries"]) or "pure Python"
             print(f"hybridops: installing {kept}: {info['reason']}", flush=True)
+        if os.environ.get("HYBRIDOPS_CUDA") == "1" and not info["cuda"]:
+            raise SystemExit(f"hybridops: HYBRIDOPS_CUDA=1: no _cuda.so: {info['cuda_reason']}")
         if self.strict and (info["reason"] or not info["host"]):
             log = self.native / "build.log"
             print(log.read_text() if log.exists() else "", info["host_reason"] or "", sep="\n")
@@ -253,11 +330,12 @@ class BuildExt(build_ext):
         return {}
 
 
-class BuildEmulated512(Command):
-    """The 16-lane code on AVX2: load it with HYBRIDOPS_LIBRARY=build/_cpu_emulated512.so."""
+class BuildForTests(Command):
+    """A test-only library, into build/."""
 
-    description = "build the test-only library build/_cpu_emulated512.so"
     user_options = []
+    flavours: tuple[str, ...] = ()
+    emulated_cuda = False
 
     def initialize_options(self):
         pass
@@ -266,13 +344,28 @@ class BuildEmulated512(Command):
         pass
 
     def run(self):
-        folder = NATIVE.with_name("native-emulated512")
-        info = build_native(("emulated512",), folder, with_host=False)
+        name = "_cuda_emulated.so" if self.emulated_cuda else f"_cpu_{self.flavours[0]}.so"
+        folder = NATIVE.with_name(f"native-{Path(name).stem.partition('_')[2]}")
+        info = build_native(self.flavours, folder, emulated_cuda=self.emulated_cuda)
         if info["reason"]:
             log = folder / "build.log"
             print(log.read_text() if log.exists() else "")
-            raise SystemExit(f"hybridops: no emulated512 library: {info['reason']}")
-        place(folder / "_cpu_emulated512.so", ROOT / "build" / "_cpu_emulated512.so")
+            raise SystemExit(f"hybridops: no {name}: {info['reason']}")
+        place(folder / name, ROOT / "build" / name)
+
+
+class BuildEmulated512(BuildForTests):
+    """The 16-lane code on AVX2: load it with HYBRIDOPS_LIBRARY=build/_cpu_emulated512.so."""
+
+    description = "build the test-only library build/_cpu_emulated512.so"
+    flavours = ("emulated512",)
+
+
+class BuildCudaEmulated(BuildForTests):
+    """The CUDA kernels on the emulated GPU: tests/test_cuda_emulated.py loads them."""
+
+    description = "build the test-only library build/_cuda_emulated.so"
+    emulated_cuda = True
 
 
 class BdistWheel(bdist_wheel):
@@ -306,6 +399,7 @@ setup(
         "build_py": BuildPy,
         "build_ext": BuildExt,
         "build_emulated512": BuildEmulated512,
+        "build_cuda_emulated": BuildCudaEmulated,
         "bdist_wheel": BdistWheel,
     },
 )

@@ -3,17 +3,25 @@
 The CPU library is chosen once, at import, from torch's own CPU capability (so `ATEN_CPU_CAPABILITY`
 steers ours and torch's kernels together). Nothing is compiled and nothing is downloaded here.
 
-`HYBRIDOPS_LIBRARY=/path/to/lib.so` loads that library instead; `HYBRIDOPS_LIBRARY=none` loads none.
+A tensor on a GPU is served by Triton or by the CUDA C++ library (`_cuda.so`), whichever `GPU` below
+names for the op and its size; by the other one where that is absent; and by torch's best path,
+counted in `fallbacks`, where both are. Triton itself is imported by the first call that runs it.
+
+`HYBRIDOPS_LIBRARY=/path/to/lib.so` loads that library for the CPU instead; `HYBRIDOPS_LIBRARY=none`
+loads no library at all.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import json
 import os
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +29,35 @@ from torch import Tensor
 _PACKAGE = Path(__file__).resolve().parent
 _BACKENDS = ("cpu", "triton", "cuda", "reference")
 CPU_DTYPES = (torch.float32, torch.bfloat16)
+GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+OLDEST_GPU = 80  # compute capability 8.0: bf16, cp.async and mma.sync as our kernels use them
+
+
+class Row(NamedTuple):
+    """`kernel` serves calls whose size is at most `largest`, on architectures from `arch` on.
+
+    Beyond `largest` it still serves where no other row does; beyond `limit` it cannot.
+    """
+
+    kernel: str
+    largest: float = float("inf")
+    arch: int = OLDEST_GPU
+    limit: float = float("inf")
+
+
+# Which kernel serves an op on a GPU: the first row that fits. The sizes are keys (attention), rows
+# (linear), K (peg) and otherwise 0. Chosen by arithmetic: no GPU has measured them yet. A tile of
+# 128 x 128 wastes 1.7x of its products at 197 tokens and 6.8x at 49, so up to about 320 keys
+# CUDA C++, which holds whole heads, goes first.
+GPU: dict[str, tuple[Row, ...]] = {
+    "attention": (Row("cuda", largest=320), Row("triton")),
+    "attention_backward": (Row("cuda", largest=320), Row("triton")),
+    "peg": (Row("cuda", limit=16), Row("triton")),
+    "peg_backward": (Row("cuda", limit=16), Row("triton")),
+    "conv_stem": (Row("triton"),),
+    "patch_embed": (Row("triton"),),
+    "linear": (Row("triton"), Row("cuda")),
+}
 
 
 class BackendUnavailable(RuntimeError):
@@ -71,9 +108,27 @@ def _build_reason() -> str:
     return reason or "it was built, and then removed"
 
 
+def _load_cuda() -> str | None:
+    """Why there are no CUDA C++ kernels, or None once they are loaded."""
+    path = _PACKAGE / "_cuda.so"
+    if os.environ.get("HYBRIDOPS_LIBRARY") == "none":
+        return "HYBRIDOPS_LIBRARY=none"
+    if not path.is_file():
+        return "_cuda.so was not built"
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as error:
+        return f"_cuda.so does not load: {error}"
+    return None
+
+
 ISA, _LIBRARY, _NO_LIBRARY = _load()
+_NO_CUDA = _load_cuda()
+CUDA_OPS: set[str] = set()  # those of `GPU` that the CUDA library has: the ops enter themselves
+_NO_TRITON = None if importlib.util.find_spec("triton") else "triton is not installed"
 _forced: str | None = None
-fallbacks: Counter[tuple[str, str]] = Counter()  # (op, reason) -> calls that the reference served
+fallbacks: Counter[tuple[str, str]] = Counter()  # (op, reason) -> calls that no kernel served
+served: Counter[tuple[str, str]] = Counter()  # (op, what ran) -> calls on a GPU
 
 
 def library() -> Path | None:
@@ -88,34 +143,80 @@ def why_no_library() -> str | None:
 
 def available() -> tuple[str, ...]:
     """The backends that can serve something in this process."""
-    return ("cpu", "reference") if ISA else ("reference",)
+    served = ["cpu"] * (ISA is not None)
+    if torch.cuda.is_available():
+        served += ["triton"] * (_NO_TRITON is None) + ["cuda"] * (_NO_CUDA is None)
+    return (*served, "reference")
 
 
-def _why_not_cpu(x: Tensor) -> str | None:
-    if x.device.type != "cpu":
-        return f"no kernel for device {x.device.type}"
-    if ISA is None:
-        return "no C++ library"
-    if x.dtype not in CPU_DTYPES:
-        return f"no CPU kernel for {str(x.dtype).removeprefix('torch.')}"
-    return None
+def why_absent(name: str) -> str | None:
+    """One line why the backend "cpu", "triton" or "cuda" cannot serve here, or None if it can."""
+    if name == "cpu":
+        return _NO_LIBRARY
+    reason = {"triton": _NO_TRITON, "cuda": _NO_CUDA}[name]
+    return reason or (None if torch.cuda.is_available() else "torch sees no GPU")
 
 
-def which(op: str, x: Tensor, unserved: str | None = None) -> str:
-    """The backend for `op` on tensors like `x`: "cpu" or "reference" (counted in `fallbacks`).
+def _kernels(op: str, x: Tensor, size: float) -> tuple[tuple[str, ...], str | None]:
+    """The backends with a kernel for x, the best first; or none, and why."""
+    device = x.device.type
+    if device not in ("cpu", "cuda"):
+        return (), f"no kernel for device {device}"
+    if device == "cpu" and ISA is None:
+        return (), "no C++ library"
+    if x.dtype not in (CPU_DTYPES if device == "cpu" else GPU_DTYPES):
+        where = "CPU" if device == "cpu" else "GPU"
+        return (), f"no {where} kernel for {str(x.dtype).removeprefix('torch.')}"
+    if device == "cpu":
+        return ("cpu",), None
+    arch = OLDEST_GPU if torch.compiler.is_compiling() else _architecture(x.device.index)
+    if arch < OLDEST_GPU:
+        return (), f"compute capability {arch / 10} is older than {OLDEST_GPU / 10}"
+    rows = [row for row in GPU[op] if size <= row.limit]
+    fitting = [row for row in rows if size <= row.largest and arch >= row.arch]
+    order = dict.fromkeys(row.kernel for row in (*fitting, *rows))
+    names = tuple(name for name in order if _has_kernel(op, name))
+    return names, None if names else f"no {' or '.join(order)} kernel: {_why_no_kernel(*order)}"
 
-    `unserved` is the op's own reason for which its kernel cannot take this call, if any.
+
+@functools.cache
+def _architecture(index: int) -> int:
+    major, minor = torch.cuda.get_device_capability(index)
+    return 10 * major + minor
+
+
+def _has_kernel(op: str, name: str) -> bool:
+    if name == "triton":
+        return _NO_TRITON is None
+    return op in CUDA_OPS
+
+
+def _why_no_kernel(*names: str) -> str:
+    reasons = {"triton": _NO_TRITON, "cuda": _NO_CUDA or "_cuda.so does not have it"}
+    return ", ".join(str(reasons[name]) for name in names)
+
+
+def which(op: str, x: Tensor, unserved: str | None = None, size: float = 0) -> str:
+    """The backend for `op` on tensors like `x`, or "reference" (counted in `fallbacks`).
+
+    "cpu", "triton", "cuda" or "reference". `unserved` is the op's own reason for which no kernel
+    can take this call, if any; `size` is what the table `GPU` compares (a door, which only asks
+    whether any kernel serves, leaves it out where no row has a limit).
     Raises BackendUnavailable when `use()` forces a backend that cannot serve.
     """
     if _forced == "reference":
         return "reference"
-    reason = unserved or _why_not_cpu(x)
-    if _forced is not None and (_forced != "cpu" or reason):
-        raise BackendUnavailable(
-            f"{op}: backend {_forced!r} was forced and cannot serve: {reason or 'not built'}"
-        )
+    names, reason = _kernels(op, x, size)
+    reason = unserved or reason
+    if _forced is not None:
+        if reason or _forced not in names:
+            why = reason or f"{op} on {x.device.type} is served by {' and '.join(names)}"
+            raise BackendUnavailable(
+                f"{op}: backend {_forced!r} was forced and cannot serve: {why}"
+            )
+        return _forced
     if reason is None:
-        return "cpu"
+        return names[0]
     if not torch.compiler.is_compiling():
         fallbacks[op, reason] += 1
     return "reference"
@@ -160,9 +261,7 @@ def use(name: str) -> Iterator[None]:
     if name not in _BACKENDS:
         raise ValueError(f"use: backend must be one of {', '.join(_BACKENDS)}, got {name!r}")
     if name not in available():
-        raise BackendUnavailable(
-            f"use: backend {name!r} is not available here: {_NO_LIBRARY or 'not built'}"
-        )
+        raise BackendUnavailable(f"use: backend {name!r} is not available here: {why_absent(name)}")
     previous, _forced = _forced, name
     try:
         yield

@@ -42,10 +42,10 @@ def make_dy(case: Case, inputs: Inputs, grad_layout: str = "contiguous") -> Tens
     """A gradient for the case's output; "expanded" is what `y.sum().backward()` hands over."""
     y, _ = run(case, inputs, "reference")
     if grad_layout == "expanded":
-        return torch.ones((), dtype=y.dtype).expand(y.shape)
+        return torch.ones((), dtype=y.dtype, device=y.device).expand(y.shape)
     generator = torch.Generator().manual_seed(1)
     values = torch.randn(y.shape, generator=generator, dtype=torch.float64)
-    return lay_out(values.to(y.dtype), grad_layout)
+    return lay_out(values.to(y.dtype), grad_layout).to(y.device)
 
 
 def outputs_and_gradients(
@@ -54,9 +54,10 @@ def outputs_and_gradients(
     backend: str,
     layout: str | None = None,
     grad_layout: str = "contiguous",
+    device: str = "cpu",
 ) -> None:
     """Fails unless `backend` is right on the case, repeats bit for bit and writes only outputs."""
-    inputs = case.make_inputs(dtype, layout)
+    inputs = {n: t.to(device) for n, t in case.make_inputs(dtype, layout).items()}
     before = {name: value.clone() for name, value in inputs.items()}
     dy = make_dy(case, inputs, grad_layout)
     wide = {n: t.double() if t.is_floating_point() else t for n, t in inputs.items()}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 
+os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports Triton; no GPU is needed
+
 import pytest
 import torch
 
@@ -14,6 +16,7 @@ from hybridops.compat import import_timm
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: takes more than about ten seconds")
     config.addinivalue_line("markers", "models: a model at its real size; make test-models")
+    config.addinivalue_line("markers", "wide: larger cases of the GPU kernels, by make wide")
     torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 

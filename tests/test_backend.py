@@ -12,6 +12,7 @@ import torch
 
 import hybridops
 from hybridops import BackendUnavailable, backend, ops
+from hybridops.ops._contract import ON_GPU
 
 
 def in_fresh_process(code: str, **environment: str) -> dict:
@@ -24,6 +25,7 @@ def in_fresh_process(code: str, **environment: str) -> dict:
     return json.loads(done.stdout)
 
 
+NAMESPACES = ("hybridops", "hybridops_cuda")
 STATE = """
 import json, torch
 from hybridops import backend, ops
@@ -123,6 +125,124 @@ def test_fallbacks_count_calls_by_op_and_reason():
     with hybridops.use("reference"):  # asked for by name, so no fallback
         ops.linear(x, x)
     assert backend.fallbacks["linear", reason] == before + 3
+
+
+class OnGPU:
+    """What `which` looks at of a tensor."""
+
+    def __init__(self, dtype=torch.bfloat16):
+        self.dtype, self.device = dtype, torch.device("cuda", 0)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """Pretends to a GPU; gpu(arch, *kernels) says which, and what was built for it."""
+
+    def pretend(arch, *kernels):
+        monkeypatch.setattr(backend, "_architecture", lambda index: arch)
+        monkeypatch.setattr(backend, "_has_kernel", lambda op, name: name in kernels)
+        monkeypatch.setattr(backend, "available", lambda: (*kernels, "reference"))
+
+    return pretend
+
+
+def test_the_table_chooses_between_triton_and_cuda_by_size(gpu):
+    gpu(90, "triton", "cuda")
+    assert backend.which("attention", OnGPU(), size=320) == "cuda"
+    assert backend.which("attention", OnGPU(), size=321) == "triton"
+    with hybridops.use("triton"):
+        assert backend.which("attention", OnGPU(), size=49) == "triton"
+
+
+def test_rows_of_newer_architectures_do_not_serve_older_ones(gpu, monkeypatch):
+    rows = (backend.Row("cuda", arch=90), backend.Row("triton"))
+    monkeypatch.setitem(backend.GPU, "peg", rows)
+    gpu(89, "triton", "cuda")
+    assert backend.which("peg", OnGPU()) == "triton"
+    gpu(90, "triton", "cuda")
+    assert backend.which("peg", OnGPU()) == "cuda"
+
+
+@pytest.mark.parametrize("alone", ["triton", "cuda"])
+def test_one_gpu_backend_serves_where_the_other_is_absent(gpu, alone):
+    gpu(80, alone)
+    for op, rows in backend.GPU.items():
+        for row in rows:
+            for size in (1, min(10_000, row.limit)):
+                if row.kernel == alone:
+                    assert backend.which(op, OnGPU(), size=size) == alone
+
+
+def test_a_call_beyond_a_kernels_limit_goes_to_the_other_one(gpu):
+    gpu(90, "triton", "cuda")
+    assert backend.which("peg", OnGPU(), size=16) == "cuda"
+    assert backend.which("peg", OnGPU(), size=17) == "triton"
+    with (
+        hybridops.use("cuda"),
+        pytest.raises(BackendUnavailable, match="on cuda is served by triton"),
+    ):
+        backend.which("peg", OnGPU(), size=17)
+    gpu(90, "cuda")
+    assert backend.which("peg", OnGPU(), size=17) == "reference"
+
+
+def test_ops_without_a_cuda_kernel_are_never_sent_there(monkeypatch):
+    """The table read with the library that csrc/cuda makes: it registers what it has."""
+    monkeypatch.setattr(backend, "_architecture", lambda index: 90)
+    monkeypatch.setattr(backend, "CUDA_OPS", {"attention", "peg", "linear"})
+    monkeypatch.setattr(backend, "_NO_TRITON", None)
+    for op in ("conv_stem", "patch_embed", "peg_backward"):
+        assert backend.which(op, OnGPU()) == "triton"
+    monkeypatch.setattr(backend, "_NO_TRITON", "triton is not installed")
+    for op in ("conv_stem", "patch_embed", "peg_backward"):
+        assert backend.which(op, OnGPU()) == "reference"
+
+
+@pytest.mark.parametrize("op", ["linear_backward", "conv_backward"])
+def test_gradients_by_torch_need_no_triton_and_no_choice(op):
+    """They run under use("cuda") and use("triton"), and where neither is there."""
+    assert op not in backend.GPU
+    dy, x = torch.randn(3, 2), torch.randn(3, 5)
+    if op == "linear_backward":
+        arguments = (dy, x, torch.randn(2, 5))
+    else:
+        arguments = (torch.randn(1, 4, 2), torch.randn(1, 3, 2, 2), torch.randn(2, 3, 1, 1))
+        arguments += (1, [0] * 4, True)
+    ours = getattr(torch.ops.hybridops, op)(*arguments) if backend.ISA else None
+    served = backend.served.total()
+    found = ON_GPU[op](*arguments)
+    assert backend.served.total() == served + 1
+    for a, b in zip(found, ours or found, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_gpu_without_kernels_is_counted_and_forcing_one_raises(gpu):
+    gpu(80)
+    before = backend.fallbacks.copy()
+    assert backend.which("peg", OnGPU()) == "reference"
+    ((op, reason),) = backend.fallbacks - before
+    assert (op, reason.startswith("no cuda or triton kernel")) == ("peg", True)
+    gpu(80, "triton")
+    assert backend.which("peg", OnGPU(torch.float64)) == "reference"
+    with hybridops.use("triton"), pytest.raises(BackendUnavailable, match="no GPU kernel for floa"):
+        backend.which("peg", OnGPU(torch.float64))
+    with hybridops.use("triton"), pytest.raises(BackendUnavailable, match="on cpu is served by"):
+        backend.which("peg", torch.ones(1))
+
+
+def test_a_gpu_before_ampere_is_not_served(gpu):
+    gpu(75, "triton", "cuda")
+    reason = "compute capability 7.5 is older than 8.0"
+    before = backend.fallbacks["peg", reason]
+    assert backend.which("peg", OnGPU()) == "reference"
+    assert backend.fallbacks["peg", reason] == before + 1
+
+
+def test_every_op_has_one_contract_for_both_gpu_backends():
+    for op in backend.GPU:
+        ours, twin = (getattr(getattr(torch.ops, ns), op).default for ns in NAMESPACES)
+        assert str(ours._schema).partition("::")[2] == str(twin._schema).partition("::")[2]
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"hybridops::{op}", "CUDA")
 
 
 def test_packing_belongs_to_the_library():

@@ -14,7 +14,7 @@ import hybridops
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = Path(hybridops.__file__).resolve().parent
-LIBRARIES = sorted(PACKAGE.glob("_cpu_*.so")) + sorted((ROOT / "build").glob("_cpu_*.so"))
+LIBRARIES = sorted(PACKAGE.glob("_c*.so")) + sorted((ROOT / "build").glob("_c*.so"))
 
 needs_binutils = pytest.mark.skipif(
     not all(shutil.which(tool) for tool in ("nm", "readelf", "objdump")), reason="no binutils"

@@ -97,3 +97,13 @@ def test_library_and_isa_agree():
         == (backend.library() is None)
         == (backend.why_no_library() is not None)
     )
+
+
+def test_ops_are_registered_for_gpus_without_importing_triton():
+    code = """
+import sys, hybridops, torch
+for op in hybridops.backend.GPU:
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"hybridops::{op}", "CUDA"), op
+assert not [name for name in sys.modules if name.startswith(("triton", "hybridops.kernels"))]
+"""
+    run(code)

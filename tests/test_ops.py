@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import check
 import pytest
 import torch
@@ -140,6 +142,20 @@ def test_attention_means_scaled_dot_product_attention():
     close(ours, theirs.transpose(1, 2))
     hardswish = ops.attention(q, k, v, bias=mask, scale=0.3, activation="hardswish")
     close(hardswish, F.hardswish(theirs.transpose(1, 2)))
+
+
+@pytest.mark.parametrize(
+    "name", ["mask_and_bias", "mask_and_table", "bias_head_3d", "odd_dims", "act_silu", "detr_850"]
+)
+def test_torchs_best_attention_means_the_same(name, monkeypatch):
+    """What serves a GPU without kernels, here on CPU tensors."""
+    case = find(f"attention-{name}")
+    inputs = case.make_inputs(torch.float64)
+    with hybridops.use("reference"):
+        expected = case.call(inputs)
+        module = sys.modules["hybridops.ops.attention"]
+        monkeypatch.setattr(module, "attention_reference", module.attention_by_torch)
+        close(case.call(inputs), expected)
 
 
 def test_attention_of_a_row_without_keys_is_zero_as_in_torch():

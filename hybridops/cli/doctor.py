@@ -75,6 +75,7 @@ def examine() -> dict:
         "build": build,
         "host_module": importlib.util.find_spec("hybridops._host") is not None,
         "gpu": _gpus(),
+        "gpu_kernels": {name: backend.why_absent(name) for name in ("triton", "cuda")},
         "ops": served,
     }
     findings["fast"] = all(row["float32"]["backend"] == "cpu" for row in served.values())
@@ -236,7 +237,8 @@ def _text(findings: dict) -> str:
         ("C++ library", loaded if library["path"] else f"none: {loaded}"),
         ("built", built),
         ("host module", "present" if findings["host_module"] else "absent"),
-        ("GPU", f"{gpu}; there are no GPU kernels in this version"),
+        ("GPU", gpu),
+        *((f"{name} kernels", why or "ready") for name, why in findings["gpu_kernels"].items()),
     ]
     lines = [f"{label + ':':15}{value}" for label, value in rows]
     lines += [

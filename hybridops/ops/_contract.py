@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Callable
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .. import backend
 
 # The position is the code that crosses into C++ (csrc/simd/activation.h).
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -37,6 +40,49 @@ LARGEST = 2**31 - 1
 LARGEST_PADDING = 2**15  # so that no product of two sides of an output overflows 64 bits
 
 library = torch.library.Library("hybridops", "DEF")
+cuda_library = torch.library.Library("hybridops_cuda", "DEF")  # the same schemas: csrc/cuda/*.cu
+ON_GPU: dict[str, Callable] = {}  # op -> what its CUDA key runs
+
+
+def define(name: str, signature: str) -> None:
+    """One contract, under its own name and for its CUDA C++ twin."""
+    for one in (library, cuda_library):
+        one.define(name + signature)
+
+
+def on_gpu(name: str, kernel: str, key: Callable[..., tuple[Tensor, float]]) -> None:
+    """Registers what serves hybridops::name on a GPU.
+
+    `kernel` is the Triton one, "file.function" in hybridops.kernels, imported by the first call.
+    key(*args) gives a tensor that speaks for the call, and the size that `backend.GPU` compares.
+    """
+    twin = getattr(torch.ops.hybridops_cuda, name).default
+    if torch._C._dispatch_has_kernel_for_dispatch_key(f"hybridops_cuda::{name}", "CUDA"):
+        backend.CUDA_OPS.add(name)
+    module, function = kernel.split(".")
+
+    def serve(*args):
+        x, size = key(*args)
+        if backend.which(name, x, size=size) == "cuda":
+            backend.served[name, "cuda"] += 1
+            return twin(*args)
+        backend.served[name, "triton"] += 1
+        with torch.cuda.device_of(x):  # Triton launches on the current device
+            return getattr(importlib.import_module(f"hybridops.kernels.{module}"), function)(*args)
+
+    library.impl(name, serve, "CUDA")
+    ON_GPU[name] = serve
+
+
+def on_gpu_by_torch(name: str, function: Callable, counted: str) -> None:
+    """torch's own product serves hybridops::name on a GPU, on purpose; `counted` names it."""
+
+    def serve(*args):
+        backend.served[name, counted] += 1
+        return function(*args)
+
+    library.impl(name, serve, "CUDA")
+    ON_GPU[name] = serve
 
 
 def differentiable_once(backward: str) -> None:

@@ -14,6 +14,7 @@ import math
 from contextlib import suppress
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .. import backend
@@ -27,11 +28,15 @@ from ._contract import (
     check_one_device,
     check_shape,
     check_tensor,
+    define,
     differentiable_once,
     is_autocast_on,
     is_plain,
     library,
+    on_gpu,
 )
+
+LARGEST_GPU_HEAD = 128  # what kernels/tuned_sm*.json list
 
 
 # meaning
@@ -47,17 +52,29 @@ def attention_reference(q, k, v, bias, bias_index, key_padding_mask, scale, acti
     return activate((p @ v).transpose(1, 2).contiguous(), activation)
 
 
+def attention_by_torch(q, k, v, bias, bias_index, key_padding_mask, scale, activation):
+    """The same by torch's scaled_dot_product_attention: its best on a GPU without our kernels."""
+    mask = bias if bias_index is None else bias[None, :, bias_index.long()]
+    if key_padding_mask is not None:
+        padding = key_padding_mask[:, None, None, :]
+        mask = ~padding if mask is None else mask.masked_fill(padding, -math.inf)
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    y = F.scaled_dot_product_attention(q, k, v, mask, scale=scale)
+    return activate(y.transpose(1, 2).contiguous(), activation)
+
+
 # contract
 ARGS = (
     "Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? bias_index, Tensor? key_padding_mask, "
     "float scale, "
     "int activation"
 )
-library.define(f"attention({ARGS}) -> (Tensor, Tensor)")
-library.define(
-    "attention_backward(Tensor dy, Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? bias_index, "
+define("attention", f"({ARGS}) -> (Tensor, Tensor)")
+define(
+    "attention_backward",
+    "(Tensor dy, Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? bias_index, "
     "Tensor? key_padding_mask, Tensor out, Tensor lse, float scale, bool needs_dbias) "
-    "-> (Tensor, Tensor, Tensor, Tensor)"
+    "-> (Tensor, Tensor, Tensor, Tensor)",
 )
 
 
@@ -72,6 +89,10 @@ def _(q, k, v, *args):
 def _(dy, q, k, v, bias, bias_index, key_padding_mask, out, lse, scale, needs_dbias):
     dbias = q.new_empty(bias.shape if needs_dbias else (0,), dtype=torch.float32)
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dbias
+
+
+on_gpu("attention", "attention.forward", lambda q, k, *_: (q, k.shape[1]))
+on_gpu("attention_backward", "attention.backward", lambda dy, q, k, *_: (q, k.shape[1]))
 
 
 # gradient
@@ -123,9 +144,10 @@ def attention(
     D**-0.5. activation is applied to the output (LeViT's Hardswish): none, relu, gelu, gelu_tanh,
     silu, hardswish.
 
-    fp32 and bf16 (fp32 accumulation) have a CPU kernel; other dtypes go to the reference.
+    fp32 and bf16 (fp32 accumulation) have a CPU kernel, and with fp16 a GPU one; other dtypes go to
+    the reference (on a GPU, to torch's scaled_dot_product_attention).
     Raises ValueError for shapes that do not fit, TypeError for dtypes, IndexError for a bias_index
-    outside the table.
+    outside the table; on a GPU, where looking would stop the stream, such a score is NaN.
     """
     if backend.runs_at_once(q) and is_plain(scale):
         with suppress(*REFUSALS), backend.below_autograd():
@@ -159,10 +181,12 @@ def attention(
         raise TypeError(f"attention: scale must be a number, got {type(scale).__name__}")
     if not math.isfinite(scale):
         raise ValueError(f"attention: scale must be finite, got {scale}")
-    if backend.which("attention", q) == "reference":
+    if backend.which("attention", q, _unserved(q, v)) == "reference":
         if bias_index is not None:
             _check_range(bias, bias_index)
-        return attention_reference(q, k, v, bias, bias_index, key_padding_mask, scale, code)
+        plain = backend.reference_forced() or q.device.type != "cuda"
+        torchs = attention_reference if plain else attention_by_torch
+        return torchs(q, k, v, bias, bias_index, key_padding_mask, scale, code)
     try:
         return _forward(q, k, v, bias, bias_index, key_padding_mask, float(scale), code)[0]
     except (
@@ -171,6 +195,11 @@ def attention(
         if bias_index is not None:
             _check_range(bias, bias_index)
         raise
+
+
+def _unserved(q, v):
+    wide = q.device.type == "cuda" and max(q.shape[3], v.shape[3]) > LARGEST_GPU_HEAD
+    return f"head size over {LARGEST_GPU_HEAD}" if wide else None
 
 
 def _check_bias(bias, q, expected):

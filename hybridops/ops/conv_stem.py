@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import backend
+from . import _by_torch
 from ._contract import (
     CODES,
     LARGEST_PADDING,
@@ -31,9 +32,12 @@ from ._contract import (
     check_int,
     check_shape,
     check_tensor,
+    define,
     differentiable_once,
     is_autocast_on,
     library,
+    on_gpu,
+    on_gpu_by_torch,
 )
 from .linear import pack_linear
 
@@ -127,15 +131,17 @@ def output_size(size, kernel, stride, padding):
 
 
 # contract
-library.define(
-    "conv_stem(Tensor image, Tensor[] weights, Tensor[] biases, Tensor[] packed, int[] strides, "
+define(
+    "conv_stem",
+    "(Tensor image, Tensor[] weights, Tensor[] biases, Tensor[] packed, int[] strides, "
     "SymInt[] paddings, "
-    "int[] activations, SymInt[] pool) -> Tensor"
+    "int[] activations, SymInt[] pool) -> Tensor",
 )
-library.define(
-    "conv_backward(Tensor dz, Tensor image, Tensor weight, int stride, SymInt[] padding, bool "
+define(
+    "conv_backward",
+    "(Tensor dz, Tensor image, Tensor weight, int stride, SymInt[] padding, bool "
     "needs_dimage) "
-    "-> (Tensor, Tensor, Tensor)"
+    "-> (Tensor, Tensor, Tensor)",
 )
 
 
@@ -162,6 +168,10 @@ def _(dz, image, weight, stride, padding, needs_dimage):
     B, Ci, H, W = image.shape
     dimage = dz.new_empty((B, H, W, Ci) if needs_dimage else (0,))
     return dimage, weight.new_empty(weight.shape), weight.new_empty(weight.shape[:1])
+
+
+on_gpu("conv_stem", "conv_stem.forward", lambda image, weights, *_: (weights[0], 0))
+on_gpu_by_torch("conv_backward", _by_torch.conv_backward, "cuDNN")
 
 
 # gradient: intermediates are recomputed layer by layer; the convolutions run in the kernel
@@ -270,9 +280,9 @@ def conv_stem(
     layout="image" gives the same bytes as a channels_last image (B, C, Ho, Wo). uint8 images enter
     as their values 0 … 255 (fold a normalisation into the first layer's weight and bias).
 
-    fp32 and bf16 (fp32 accumulation) have a CPU kernel for layers without group_norm and affine;
-    the rest goes to the reference. Raises ValueError for shapes that do not fit, TypeError for
-    dtypes.
+    fp32 and bf16 (fp32 accumulation) have a CPU kernel, and with fp16 a GPU one, for layers without
+    group_norm and affine; the rest goes to the reference. Raises ValueError for shapes that do not
+    fit, TypeError for dtypes.
     """
     if layout not in ("tokens", "image"):
         raise ValueError(f"conv_stem: layout must be 'tokens' or 'image', got {layout!r}")

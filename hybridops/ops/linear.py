@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import backend
+from . import _by_torch
 from ._contract import (
     CODES,
     REFUSALS,
@@ -26,9 +27,12 @@ from ._contract import (
     check_one_device,
     check_shape,
     check_tensor,
+    define,
     differentiable_once,
     is_autocast_on,
     library,
+    on_gpu,
+    on_gpu_by_torch,
     unpack_norm,
 )
 
@@ -47,8 +51,8 @@ ARGS = (
     "norm_bias, float eps, "
     "Tensor? residual, int activation"
 )
-library.define(f"linear({ARGS}) -> Tensor")
-library.define("linear_backward(Tensor dy, Tensor x, Tensor weight) -> (Tensor, Tensor, Tensor)")
+define("linear", f"({ARGS}) -> Tensor")
+define("linear_backward", "(Tensor dy, Tensor x, Tensor weight) -> (Tensor, Tensor, Tensor)")
 library.define("pack_linear(Tensor weight, int runs) -> Tensor")
 
 
@@ -61,6 +65,14 @@ def _(x, weight, *args):
 @torch.library.register_fake("hybridops::linear_backward", lib=library)
 def _(dy, x, weight):
     return x.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape[:1])
+
+
+def _rows(x, weight):
+    return x.numel() // max(weight.shape[1], 1)
+
+
+on_gpu("linear", "linear.forward", lambda x, weight, *_: (x, _rows(x, weight)))
+on_gpu_by_torch("linear_backward", _by_torch.linear_backward, "cuBLAS")
 
 
 # gradient: the two matrix products in the kernel, norm and activation (recomputed, nothing extra is
@@ -128,7 +140,8 @@ def linear(
     LayerNorm over K in front, residual (..., N), packed = pack_linear(weight) or None -> (..., N),
     contiguous, in x's dtype. activation: none, relu, gelu, gelu_tanh, silu, hardswish.
 
-    fp32 and bf16 (fp32 accumulation) have a CPU kernel; other dtypes go to the reference.
+    fp32 and bf16 (fp32 accumulation) have a CPU kernel, and with fp16 a GPU one; other dtypes go to
+    the reference.
     Raises ValueError for shapes that do not fit and unknown activations, TypeError for dtypes.
     """
     if backend.runs_at_once(x):

@@ -19,8 +19,10 @@ from ._contract import (
     check_int,
     check_shape,
     check_tensor,
+    define,
     is_autocast_on,
     library,
+    on_gpu,
     unpack_norm,
 )
 from .conv_stem import conv_backward, conv_reference, output_size, pack_conv, resolve_padding
@@ -52,7 +54,7 @@ ARGS = (
     "norm_bias, float eps, "
     "Tensor? pos_embed, Tensor? prefix, int stride, SymInt[] padding"
 )
-library.define(f"patch_embed({ARGS}) -> Tensor")
+define("patch_embed", f"({ARGS}) -> Tensor")
 
 
 @torch.library.register_fake("hybridops::patch_embed", lib=library)
@@ -60,6 +62,9 @@ def _(image, weight, bias, packed, norm_weight, norm_bias, eps, pos_embed, prefi
     Ho, Wo = output_size(image.shape[2:], weight.shape[2:], stride, padding)
     P = 0 if prefix is None else prefix.shape[0]
     return weight.new_empty((image.shape[0], P + Ho * Wo, weight.shape[0]))
+
+
+on_gpu("patch_embed", "patch_embed.forward", lambda image, weight, *_: (weight, 0))
 
 
 # gradient: the convolution's in the kernel it shares with conv_stem, LayerNorm's in torch
@@ -148,7 +153,8 @@ def patch_embed(
     std (Ci,): the image enters as (image - mean) / std; a uint8 image is divided by 255 first.
     packed = pack_patch(weight), without mean and std only.
 
-    fp32 and bf16 (fp32 accumulation) have a CPU kernel; other dtypes go to the reference.
+    fp32 and bf16 (fp32 accumulation) have a CPU kernel, and with fp16 a GPU one; other dtypes go to
+    the reference.
     Raises ValueError for shapes that do not fit, TypeError for dtypes.
     """
     op = "patch_embed"

@@ -26,9 +26,11 @@ from ._contract import (
     check_int,
     check_shape,
     check_tensor,
+    define,
     differentiable_once,
     is_autocast_on,
     library,
+    on_gpu,
 )
 
 
@@ -61,11 +63,12 @@ ARGS = (
     "padding, bool residual, "
     "int activation, bool gate"
 )
-library.define(f"peg({ARGS}) -> Tensor")
-library.define(
-    "peg_backward(Tensor dy, Tensor x, Tensor weight, SymInt H, SymInt W, int prefix, int stride, "
+define("peg", f"({ARGS}) -> Tensor")
+define(
+    "peg_backward",
+    "(Tensor dy, Tensor x, Tensor weight, SymInt H, SymInt W, int prefix, int stride, "
     "int padding, "
-    "bool residual) -> (Tensor, Tensor, Tensor)"
+    "bool residual) -> (Tensor, Tensor, Tensor)",
 )
 
 
@@ -79,6 +82,10 @@ def _(x, weight, bias, H, W, prefix, stride, padding, *args):
 @torch.library.register_fake("hybridops::peg_backward", lib=library)
 def _(dy, x, weight, *args):
     return x.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape[:1])
+
+
+on_gpu("peg", "peg.forward", lambda x, weight, *_: (x, weight.shape[-1]))
+on_gpu("peg_backward", "peg.backward", lambda dy, x, weight, *_: (x, weight.shape[-1]))
 
 
 # gradient: dx, dweight and dbias of the plain conv (+ residual) in one pass; activation and gate,
@@ -147,7 +154,8 @@ def peg(
     // 2), and so does gate, which gives x * sigmoid(z) in place of the residual. activation applies
     to the convolution's output z.
 
-    fp32 and bf16 (fp32 accumulation) have a CPU kernel; other dtypes go to the reference.
+    fp32 and bf16 (fp32 accumulation) have a CPU kernel, and with fp16 a GPU one; other dtypes go to
+    the reference.
     Raises ValueError for shapes that do not fit, TypeError for dtypes and for anything but ints
     where ints belong.
     """
@@ -187,7 +195,7 @@ def peg(
             f"peg: residual and gate need an output grid like the input's {H}x{W}, "
             f"but stride {stride} and padding {padding} give {Ho}x{Wo}"
         )
-    if backend.which("peg", x, _unserved(x, H, W)) == "reference":
+    if backend.which("peg", x, _unserved(x, H, W), size=K) == "reference":
         return peg_reference(x, weight, bias, H, W, prefix, stride, padding, residual, code, gate)
     return _forward(x, weight, bias, H, W, prefix, stride, padding, residual, code, gate)
 

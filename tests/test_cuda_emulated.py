@@ -1,0 +1,153 @@
+"""The CUDA kernels on the emulated GPU: every case, the same error rule, forward and backward.
+
+build/_cuda_emulated.so holds the sources of csrc/cuda, built for the host against tests/emulation;
+it registers hybridops_cuda::<op> for CPU tensors. Here those ops stand behind the public ones, so a
+case runs through the door, the kernel and the gradient as it would on a GPU.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import check
+import pytest
+import torch
+from cases import CASES
+
+from hybridops import backend
+from hybridops.bench import case as cases
+from hybridops.ops._contract import ON_GPU
+
+ROOT = Path(__file__).resolve().parent.parent
+LIBRARY = ROOT / "build" / "_cuda_emulated.so"
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+SERVED = {
+    "peg": ("peg", "peg_backward"),
+    "attention": ("attention", "attention_backward"),
+    "linear": ("linear",),
+}
+pytestmark = pytest.mark.usefixtures("nan_filled", "emulated")
+
+
+@pytest.fixture(scope="module")
+def library() -> None:
+    """hybridops_cuda::<op> for CPU tensors, built first where that is possible."""
+    if not LIBRARY.exists():
+        compiler = any(shutil.which(name) for name in ("g++", "clang++", "c++"))
+        if not compiler or importlib.util.find_spec("ninja") is None:
+            pytest.skip("needs a C++ compiler and ninja")
+        build = [sys.executable, "setup.py", "--quiet", "build_cuda_emulated"]
+        built = subprocess.run(build, cwd=ROOT, capture_output=True, text=True)
+        assert built.returncode == 0, built.stdout[-4000:]
+    for op in (name for ops in SERVED.values() for name in ops):
+        if not hasattr(torch.ops.hybridops_cuda, op):
+            schema = str(getattr(torch.ops.hybridops, op).default._schema)
+            torch.library.define(f"hybridops_cuda::{op}", schema.removeprefix(f"hybridops::{op}"))
+    torch.ops.load_library(str(LIBRARY))
+
+
+@pytest.fixture
+def emulated(library, monkeypatch):
+    """The public ops on CPU tensors run the CUDA kernels while a test runs."""
+    if backend.ISA is None:
+        pytest.skip("the door hands CPU tensors to a kernel only where there is a CPU library")
+    override = torch.library.Library("hybridops", "IMPL")
+    for ops in SERVED.values():
+        for op in ops:
+            kernel = getattr(torch.ops.hybridops_cuda, op).default
+            override.impl(op, kernel, "CPU", allow_override=True)
+    override.impl("linear_backward", ON_GPU["linear_backward"], "CPU", allow_override=True)
+
+    def unpacked(weight, runs):  # nothing is packed on a GPU
+        return weight.clone()
+
+    override.impl("pack_linear", unpacked, "CPU", allow_override=True)
+    monkeypatch.setattr(backend, "CPU_DTYPES", tuple(DTYPES))
+    yield
+    override._destroy()
+
+
+def work(case) -> int:
+    """Multiplications of a forward: the emulation does some 20 million a second."""
+    t = case.make_inputs(torch.float32)
+    if case.op == "peg":
+        return t["x"].numel() * case.K**2
+    if case.op == "linear":
+        return t["x"].numel() * case.N
+    q, v = t.get("q", t.get("qkv")), t.get("v", t.get("qkv"))
+    return q.numel() * (case.Nk or case.Nq) + v.numel() * case.Nq
+
+
+SMALL = 1e6
+
+
+def cases_and_dtypes():
+    """Small cases in fp32 and bf16; larger ones, and fp16, by `make wide`."""
+    for case in (case for op in SERVED for case in CASES[op] if not case.unserved):
+        for dtype in DTYPES:
+            quick = work(case) <= SMALL and dtype != torch.float16
+            name = f"{case}-{str(dtype).removeprefix('torch.')}"
+            yield pytest.param(case, dtype, marks=() if quick else pytest.mark.wide, id=name)
+
+
+@pytest.mark.parametrize(("case", "dtype"), cases_and_dtypes())
+def test_matches(case, dtype):
+    check.outputs_and_gradients(case, dtype, "cpu")
+
+
+LAYOUTS = [
+    cases.Attention("matrix", Nq=17, Nk=19, D=16, Dv=24, bias=(2, 2, 17, 19)),
+    cases.Attention("matrix_table", Nq=16, D=16, bias="table", mask="tail"),
+    cases.Linear("matrix", M=(3, 7), N=21, K=35, norm="affine", residual=True),
+    cases.Linear("matrix_act", M=(3, 7), N=16, K=48, activation="gelu"),
+    cases.Peg("matrix", H=5, W=6, C=16, prefix=1),
+    cases.Peg("matrix_stride", H=7, W=6, C=16, K=5, stride=2, residual=False),
+]
+
+
+def pairs_of_layouts():
+    """Each layout of the inputs with one of the gradient, in turn; all pairs by `make wide`."""
+    for i, layout in enumerate(cases.INPUT_LAYOUTS):
+        for j, grad_layout in enumerate(check.GRAD_LAYOUTS):
+            marks = () if i % len(check.GRAD_LAYOUTS) == j else pytest.mark.wide
+            yield pytest.param(layout, grad_layout, marks=marks)
+
+
+@pytest.mark.parametrize(("layout", "grad_layout"), pairs_of_layouts())
+@pytest.mark.parametrize("case", LAYOUTS, ids=str)
+def test_layout_matches(case, layout, grad_layout):
+    check.outputs_and_gradients(case, torch.bfloat16, "cpu", layout, grad_layout)
+
+
+CHUNKED = [  # a head does not fit the shared memory of the smallest GPU: keys pass in chunks
+    cases.Attention("chunks", B=1, H=1, Nq=33, Nk=449, D=64),
+    cases.Attention("chunks_table", B=2, H=1, Nq=17, Nk=300, D=96, Dv=128, bias="table"),
+    cases.Attention("chunks_mask", B=3, H=1, Nq=20, Nk=400, D=64, mask="blocks"),
+]
+
+
+@pytest.mark.parametrize("case", CHUNKED, ids=str)
+def test_heads_that_do_not_fit_shared_memory_match(case):
+    check.outputs_and_gradients(case, torch.float32, "cpu")
+
+
+def test_the_larger_tile_matches():
+    case = cases.Linear("large", M=257, N=257, K=72, norm="affine", activation="gelu")
+    for dtype in DTYPES:
+        check.outputs_and_gradients(case, dtype, "cpu")
+
+
+def test_a_head_too_wide_is_refused_by_name():
+    x = torch.zeros(1, 2, 1, 129)
+    with pytest.raises(RuntimeError, match="head sizes up to 128, got 129"):
+        torch.ops.hybridops_cuda.attention(x, x, x, None, None, None, 1.0, 0)
+
+
+def test_a_kernel_too_large_is_refused_by_name():
+    x, weight = torch.zeros(1, 4, 8), torch.zeros(8, 1, 17, 17)
+    with pytest.raises(RuntimeError, match="K up to 16, got 17"):
+        torch.ops.hybridops_cuda.peg(x, weight, None, 2, 2, 0, 1, 8, True, 0, False)
