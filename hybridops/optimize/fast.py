@@ -128,6 +128,7 @@ class Fast:
     replaces: ClassVar[type[nn.Module]]
     overrides: ClassVar[str] = "forward"  # the method it overrides: verify() compares its results
     channels_last: ClassVar[bool] = False  # runs oneDNN's channels_last convolutions: see verify()
+    implied: ClassVar[bool] = False  # report() says nothing of it where it does not apply
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

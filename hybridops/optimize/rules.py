@@ -19,6 +19,7 @@ from .fast import Fast, dotted
 _HERE = "hybridops.optimize"
 _DETR = "transformers.models.detr.modeling_detr:Detr"
 RULES: dict[str, str | type[Fast]] = {
+    "torch.nn.modules.container:Sequential": f"{_HERE}.chained:FastSequential",
     "hybridops.models.levit:Levit": f"{_HERE}.ours:FastLevit",
     "hybridops.models.cpvt:Cpvt": f"{_HERE}.ours:FastCpvt",
     "hybridops.models.hybrid_vit.model:HybridVit": f"{_HERE}.ours:FastHybridVit",
@@ -52,6 +53,7 @@ RULES: dict[str, str | type[Fast]] = {
     "timm.models.levit:LevitMlp": f"{_HERE}.timm_levit:FastLevitMlp",
     "timm.models.levit:LevitBlock": f"{_HERE}.timm_levit:FastLevitBlock",
     "timm.models.levit:LevitDownsample": f"{_HERE}.timm_levit:FastLevitDownsample",
+    "timm.models.levit:LevitStage": f"{_HERE}.timm_levit:FastLevitStage",
     "timm.models.levit:LevitDistilled": f"{_HERE}.timm_levit:FastLevitDistilled",
     f"{_DETR}SelfAttention": f"{_HERE}.transformers_detr:FastSelfAttention",
     f"{_DETR}CrossAttention": f"{_HERE}.transformers_detr:FastCrossAttention",

@@ -159,6 +159,8 @@ def survey(
                 covered.update(id(m) for child in rule.bypassed(module) for m in child.modules())
                 if not isinstance(module, Fast):
                     swaps.append((module, rule))
+            elif rule.implied:
+                continue
         elif layer.reason is None and id(module) not in covered:
             if layer.old.startswith(("hybridops.nn.", "hybridops.models.")):
                 layer.reason = "runs on hybridops kernels already"

@@ -1,7 +1,7 @@
 """timm's LeViT: BatchNorm in the weights, Hardswish in the kernels, the bias spread out once.
 
-In inference a block is two dispatches. In training the layers keep their BatchNorm modules, and the
-attention reads its bias through the index, so that the table gets its gradient.
+In inference all stages are one dispatch. In training the layers keep their BatchNorm modules, and
+the attention reads its bias through the index, so that the table gets its gradient.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from timm.models.levit import (
     LevitDistilled,
     LevitDownsample,
     LevitMlp,
+    LevitStage,
     LinearNorm,
     NormLinear,
     Stem8,
@@ -28,12 +29,12 @@ from ..nn._derived import fold_behind, fold_in_front, in_graph
 from ..ops import (
     ConvLayer,
     attention,
-    attention_layer,
     conv_stem,
     linear,
-    mlp_layer,
     pack_conv,
 )
+from ..ops.chain import attention_step, mlp_step, subsample_step
+from .chained import Chained, layers_of, not_chained
 from .fast import (
     Fast,
     activation_name,
@@ -177,7 +178,7 @@ def _not_linear_norm(name, module):
     return reason and f"{name}: {reason}"
 
 
-class FastAttention(Fast, Attention):
+class FastAttention(Chained, Attention):
     @classmethod
     def unserved(cls, module, mode):
         if module.use_conv:
@@ -196,46 +197,52 @@ class FastAttention(Fast, Attention):
 
     def forward(self, x):
         plan = self._hybridops_plan
-        weights = plan.derived(self, x)
-        if weights is not None:
-            return self._folded(x, weights, False)
+        chain = plan.derived(self, x)
+        if chain is not None:
+            return chain(x)
         if not plan.intact():
             return Attention.forward(self, x)
-        out = self._attend(self.qkv(x), self.attention_biases, self.attention_bias_idxs)
-        return self.proj.ln(out)
-
-    def derive(self):
-        qkv, proj = self.qkv, self.proj.ln
-        bias = self.attention_biases[:, self.attention_bias_idxs][None]  # spread out, once
-        return batch_normed(qkv.linear, qkv.bn), bias, batch_normed(proj.linear, proj.bn)
-
-    def _folded(self, x, weights, residual):
-        qkv, scores, proj = weights
-        return attention_layer(
-            x,
-            qkv,
-            proj,
-            heads=self.num_heads,
-            key_dim=self.key_dim,
-            scale=self.scale,
-            interleaved=True,
-            bias=scores,
-            activation=self._hybridops_plan.facts,
-            residual=residual,
-        )
-
-    def _attend(self, qkv, bias, index):
-        B, N, _ = qkv.shape
-        qkv = qkv.view(B, N, self.num_heads, -1)
+        qkv = self.qkv(x).view(*x.shape[:2], self.num_heads, -1)
         q, k, v = qkv.split([self.key_dim, self.key_dim, self.val_dim], 3)
-        activation = self._hybridops_plan.facts
-        out = attention(
-            q, k, v, bias=bias, bias_index=index, scale=self.scale, activation=activation
-        )
-        return out.view(B, N, self.val_attn_dim)
+        return self.proj.ln(_attend(self, q, k, v))
+
+    def layers(self, residual=False):
+        qkv, proj = self.qkv, self.proj.ln
+        return [
+            attention_step(
+                batch_normed(qkv.linear, qkv.bn),
+                batch_normed(proj.linear, proj.bn),
+                heads=self.num_heads,
+                key_dim=self.key_dim,
+                scale=self.scale,
+                interleaved=True,
+                bias=_spread_out(self),
+                activation=self._hybridops_plan.facts,
+                residual=residual,
+            )
+        ]
 
 
-class FastAttentionDownsample(Fast, AttentionDownsample):
+def _spread_out(attn):
+    """The bias of every score, (1, H, Nq, Nk)."""
+    return attn.attention_biases[:, attn.attention_bias_idxs][None]
+
+
+def _attend(attn, q, k, v):
+    """Attention and the activation behind it, with the bias read out of its table."""
+    out = attention(
+        q,
+        k,
+        v,
+        bias=attn.attention_biases,
+        bias_index=attn.attention_bias_idxs,
+        scale=attn.scale,
+        activation=attn._hybridops_plan.facts,
+    )
+    return out.view(*q.shape[:2], attn.val_attn_dim)
+
+
+class FastAttentionDownsample(Chained, AttentionDownsample):
     @classmethod
     def unserved(cls, module, mode):
         if module.use_conv:
@@ -256,38 +263,35 @@ class FastAttentionDownsample(Fast, AttentionDownsample):
 
     def forward(self, x):
         plan = self._hybridops_plan
-        weights = plan.derived(self, x)
-        if weights is not None:
-            return self._folded(x, weights)
+        chain = plan.derived(self, x)
+        if chain is not None:
+            return chain(x)
         if not plan.intact():
             return AttentionDownsample.forward(self, x)
-        out = self._attend(self.q(x), self.kv(x), self.attention_biases, self.attention_bias_idxs)
-        return self.proj.ln(out)
+        kv = self.kv(x).view(*x.shape[:2], self.num_heads, -1)
+        k, v = kv.split([self.key_dim, self.val_dim], 3)
+        q = self.q(x).view(x.shape[0], -1, self.num_heads, self.key_dim)
+        return self.proj.ln(_attend(self, q, k, v))
 
-    def derive(self):
-        layers = (self.kv, self.q.ln, self.proj.ln)
-        kv, q, proj = (batch_normed(layer.linear, layer.bn) for layer in layers)
-        return kv, q, self.attention_biases[:, self.attention_bias_idxs][None], proj
-
-    def _folded(self, x, weights):
-        (weight, bias, packed), q, scores, proj = weights
-        kv = linear(x, weight, bias, packed=packed)
-        q = linear(self.q.down(x), q.weight, q.bias, packed=q.packed)
-        out = self._attend(q, kv, scores, None)
-        return linear(out, proj.weight, proj.bias, packed=proj.packed)
-
-    def _attend(self, q, kv, bias, index):
-        B, Nq, _ = q.shape
-        k, v = kv.view(B, kv.shape[1], self.num_heads, -1).split([self.key_dim, self.val_dim], 3)
-        q = q.view(B, Nq, self.num_heads, self.key_dim)
-        activation = self._hybridops_plan.facts
-        out = attention(
-            q, k, v, bias=bias, bias_index=index, scale=self.scale, activation=activation
-        )
-        return out.view(B, Nq, self.val_attn_dim)
+    def layers(self):
+        if self.q.down.pool is not None:
+            return None  # averaged queries
+        parts = (self.kv, self.q.ln, self.proj.ln)
+        return [
+            subsample_step(
+                *(batch_normed(part.linear, part.bn) for part in parts),
+                heads=self.num_heads,
+                key_dim=self.key_dim,
+                scale=self.scale,
+                grid=tuple(self.resolution),
+                stride=self.stride,
+                bias=_spread_out(self),
+                activation=self._hybridops_plan.facts,
+            )
+        ]
 
 
-class FastLevitMlp(Fast, LevitMlp):
+class FastLevitMlp(Chained, LevitMlp):
     @classmethod
     def unserved(cls, module, mode):
         if isinstance(module.ln1, ConvNorm):
@@ -306,23 +310,16 @@ class FastLevitMlp(Fast, LevitMlp):
     def facts(cls, module):
         return activation_name(module.act)
 
-    def forward(self, x):
-        weights = self._hybridops_plan.derived(self, x)
-        return LevitMlp.forward(self, x) if weights is None else self._folded(x, weights, False)
-
-    def derive(self):
-        return tuple(batch_normed(layer.linear, layer.bn) for layer in (self.ln1, self.ln2))
-
-    def _folded(self, x, weights, residual):
-        activation = self._hybridops_plan.facts
-        return mlp_layer(x, *weights, activation=activation, residual=residual)
+    def layers(self, residual=False):
+        up, down = (batch_normed(part.linear, part.bn) for part in (self.ln1, self.ln2))
+        return [mlp_step(up, down, activation=self._hybridops_plan.facts, residual=residual)]
 
 
 def _not_drop_path(name, module):
     return not_one_of(name, module, nn.Identity, DropPath)
 
 
-class FastLevitBlock(Fast, LevitBlock):
+class FastLevitBlock(Chained, LevitBlock):
     @classmethod
     def unserved(cls, module, mode):
         if mode == "train":
@@ -336,21 +333,13 @@ class FastLevitBlock(Fast, LevitBlock):
             )
         )
 
-    def forward(self, x):
-        weights = self._hybridops_plan.derived(self, x)
-        if weights is None:
-            return LevitBlock.forward(self, x)
-        attn, mlp = weights
-        x = self.attn._folded(x, attn, True)
-        return self.mlp._folded(x, mlp, True)
-
-    def derive(self):
+    def layers(self):
         attn, mlp = self.attn, self.mlp
         served = isinstance(attn, FastAttention) and isinstance(mlp, FastLevitMlp)
-        return (attn.derive(), mlp.derive()) if served else None
+        return attn.layers(residual=True) + mlp.layers(residual=True) if served else None
 
 
-class FastLevitDownsample(Fast, LevitDownsample):
+class FastLevitDownsample(Chained, LevitDownsample):
     @classmethod
     def unserved(cls, module, mode):
         if mode == "train":
@@ -363,18 +352,22 @@ class FastLevitDownsample(Fast, LevitDownsample):
             )
         )
 
-    def forward(self, x):
-        weights = self._hybridops_plan.derived(self, x)
-        if weights is None:
-            return LevitDownsample.forward(self, x)
-        attn, mlp = weights
-        x = self.attn_downsample._folded(x, attn)
-        return self.mlp._folded(x, mlp, True)
+    def layers(self):
+        mlp, attn = self.mlp, layers_of(self.attn_downsample)
+        served = isinstance(mlp, FastLevitMlp) and attn is not None
+        return attn + mlp.layers(residual=True) if served else None
 
-    def derive(self):
-        attn, mlp = self.attn_downsample, self.mlp
-        served = isinstance(attn, FastAttentionDownsample) and isinstance(mlp, FastLevitMlp)
-        return (attn.derive(), mlp.derive()) if served else None
+
+class FastLevitStage(Chained, LevitStage):
+    @classmethod
+    def unserved(cls, module, mode):
+        if mode == "train":
+            return "training keeps the blocks as they are; their parts are served"
+        parts = module.named_children()
+        return first(not_chained(name, part, mode) for name, part in parts)
+
+    def layers(self):
+        return layers_of(self.downsample, self.blocks)
 
 
 def _unserved_part(name, module, rule):

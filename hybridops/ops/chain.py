@@ -1,0 +1,165 @@
+"""Layers one behind the other in one dispatch, for inference.
+
+    chain(x) = layer_n(... layer_1(x))
+
+Each layer is one of `ops/layer.py`'s, or LeViT's subsampling attention. At batch 1 a dispatch and
+what Python does around it cost as much as a small product, and a model has dozens of them: a
+`Chain` is made once, of weights that are packed already, and hands all its layers to the kernels
+together. Wherever one dispatch cannot serve, it calls them one by one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from functools import partial
+from itertools import chain as joined
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import backend
+from ._contract import CODES, REFUSALS, check_one_device, library
+from .attention import attention
+from .layer import _NO_NORM, REFUSED, Norm, Weights, attention_layer, mlp_layer
+from .linear import linear
+
+# What csrc/cpu/layer.cpp calls the layers, and how many operands each has there
+_ATTENTION, _MLP, _SUBSAMPLE = range(3)
+_OPERANDS = {_ATTENTION: (9, 5), _MLP: (8, 2), _SUBSAMPLE: (10, 6)}  # tensors, ints
+
+
+class Layer(NamedTuple):
+    """One layer of a chain: what it means, and its operands in the order of csrc/cpu/layer.cpp."""
+
+    call: Callable[[Tensor], Tensor]
+    code: int
+    tensors: tuple[Tensor | None, ...]
+    ints: tuple[int, ...]
+    floats: tuple[float, ...]
+
+
+def attention_step(
+    qkv: Weights,
+    out: Weights,
+    *,
+    heads: int,
+    key_dim: int,
+    scale: float | None = None,
+    interleaved: bool = False,
+    norm: Norm | None = None,
+    bias: Tensor | None = None,
+    activation: str = "none",
+    residual: bool = False,
+) -> Layer:
+    """attention_layer(x, ...) as a layer of a chain."""
+    call = partial(
+        attention_layer,
+        qkv=qkv,
+        out=out,
+        heads=heads,
+        key_dim=key_dim,
+        scale=scale,
+        interleaved=interleaved,
+        norm=norm,
+        bias=bias,
+        activation=activation,
+        residual=residual,
+    )
+    gamma, beta, eps = norm or _NO_NORM
+    ints = (heads, key_dim, int(interleaved), CODES[activation], int(residual))
+    factor = key_dim**-0.5 if scale is None else scale
+    return Layer(call, _ATTENTION, (gamma, beta, *qkv, bias, *out), ints, (eps, factor))
+
+
+def mlp_step(
+    up: Weights,
+    down: Weights,
+    *,
+    activation: str,
+    norm: Norm | None = None,
+    residual: bool = False,
+) -> Layer:
+    """mlp_layer(x, ...) as a layer of a chain."""
+    call = partial(mlp_layer, up=up, down=down, activation=activation, norm=norm, residual=residual)
+    gamma, beta, eps = norm or _NO_NORM
+    ints = (CODES[activation], int(residual))
+    return Layer(call, _MLP, (gamma, beta, *up, *down), ints, (eps,))
+
+
+def subsample_step(
+    kv: Weights,
+    q: Weights,
+    out: Weights,
+    *,
+    heads: int,
+    key_dim: int,
+    scale: float,
+    grid: tuple[int, int],
+    stride: int,
+    bias: Tensor,
+    activation: str,
+) -> Layer:
+    """LeViT's subsampling attention: (B, H*W, C) -> (B, ceil(H/stride) * ceil(W/stride), Co).
+
+    Queries are those of every stride-th token down and across the grid (H, W); kv.weight's rows are
+    k and v head by head; bias (1, heads, Nq, H*W); activation stands between attention and `out`.
+    """
+
+    def call(x):
+        B, N, C = x.shape
+        kept = x.view(B, *grid, C)[:, ::stride, ::stride].reshape(B, -1, C)
+        keys = linear(x, kv.weight, kv.bias, packed=kv.packed).view(B, N, heads, -1)
+        k, v = keys.split([key_dim, keys.shape[3] - key_dim], 3)
+        queries = linear(kept, q.weight, q.bias, packed=q.packed).view(B, -1, heads, key_dim)
+        mixed = attention(queries, k, v, bias=bias, scale=scale, activation=activation)
+        return linear(mixed.flatten(2), out.weight, out.bias, packed=out.packed)
+
+    ints = (heads, key_dim, *grid, stride, CODES[activation])
+    return Layer(call, _SUBSAMPLE, (*kv, *q, bias, *out), ints, (scale,))
+
+
+class Chain:
+    """Layers that run one behind the other: chain(x), x (B, N, C), is one dispatch where it may."""
+
+    def __init__(self, layers: Iterable[Layer]) -> None:
+        self.layers = tuple(layers)
+        if not self.layers:
+            raise ValueError("Chain: needs one layer at least")
+        self._codes = [layer.code for layer in self.layers]
+        self._tensors = list(joined.from_iterable(layer.tensors for layer in self.layers))
+        self._ints = list(joined.from_iterable(layer.ints for layer in self.layers))
+        self._floats = list(joined.from_iterable(layer.floats for layer in self.layers))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if backend.runs_at_once(x):
+            with suppress(*REFUSALS), backend.below_autograd():
+                return _chain(x, self._codes, self._tensors, self._ints, self._floats)
+            backend.fallbacks["chain", REFUSED] += 1
+        for layer in self.layers:
+            x = layer.call(x)
+        return x
+
+
+# contract
+library.define(
+    "chain(Tensor x, int[] layers, Tensor?[] tensors, int[] ints, float[] floats) -> Tensor"
+)
+
+
+@torch.library.register_fake("hybridops::chain", lib=library)
+def _(x, layers, tensors, ints, floats):
+    check_one_device("chain", x, *tensors)
+    sizes = list(x.shape)
+    for code in layers:
+        count, width = _OPERANDS[code]
+        if code == _SUBSAMPLE:
+            H, W, stride = ints[2:5]
+            sizes[1] = -(-H // stride) * -(-W // stride)
+        sizes[-1] = tensors[count - 3].shape[0]  # of the last product's weight
+        tensors, ints = tensors[count:], ints[width:]
+    return x.new_empty(sizes)
+
+
+_chain = torch.ops.hybridops.chain.default
