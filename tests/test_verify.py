@@ -45,21 +45,17 @@ def test_real_levit(timm):
 def wrong_scale(monkeypatch):
     from hybridops.optimize import timm_levit
 
-    attention = timm_levit.attention
+    step = timm_levit.attention_step
     monkeypatch.setattr(
-        timm_levit,
-        "attention",
-        lambda q, *a, scale, **kw: attention(q, *a, scale=scale * 1.001, **kw),
+        timm_levit, "attention_step", lambda *a, scale, **kw: step(*a, scale=scale * 1.001, **kw)
     )
 
 
 def dropped_bias(monkeypatch):
     from hybridops.optimize import timm_levit
 
-    attention = timm_levit.attention
-    monkeypatch.setattr(
-        timm_levit, "attention", lambda *a, bias, **kw: attention(*a, **kw | {"bias_index": None})
-    )
+    step = timm_levit.attention_step
+    monkeypatch.setattr(timm_levit, "attention_step", lambda *a, bias, **kw: step(*a, **kw))
 
 
 def shifted_norm(monkeypatch):

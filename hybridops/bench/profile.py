@@ -23,6 +23,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..optimize import report
+from ..optimize.chained import apart
 from ..optimize.swap import Layer
 from . import stats
 from .clock import Clock, Wall, settle
@@ -211,14 +212,15 @@ def profile(
     rounds = round(_WATCHED_SECONDS / max(1e-9, *whole.values()))
     rounds = max(LEAST_WATCHED, min(MOST_WATCHED, rounds))
     watched: dict[str, list[Watch]] = {name: [] for name in sides}
-    for i in range(rounds):
-        progress(0.7 + 0.3 * i / rounds, f"watching call {i + 1} of {rounds}")
-        for name, (module, candidate) in sides.items():
-            watched[name].append(_watched(module, candidate, now))
-    made = {
-        name: _side(module, whole[name], watched[name], _kernels(module, candidate))
-        for name, (module, candidate) in sides.items()
-    }
+    with apart():  # blocks that run as one dispatch are watched one by one
+        for i in range(rounds):
+            progress(0.7 + 0.3 * i / rounds, f"watching call {i + 1} of {rounds}")
+            for name, (module, candidate) in sides.items():
+                watched[name].append(_watched(module, candidate, now))
+        made = {
+            name: _side(module, whole[name], watched[name], _kernels(module, candidate))
+            for name, (module, candidate) in sides.items()
+        }
     speedup = stats.ratio(timings.seconds["eager"], timings.seconds["optimized"])
     layers = {layer.fqn: layer for layer in found.layers}
     doubt = crowded(task.threads, timings.others)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
 
 from .. import backend
@@ -31,6 +33,15 @@ class Classifier(nn.Module):
     def _tokens(self, x: Tensor, count: int) -> Tensor:
         """images -> the tokens behind the first `count` blocks, (B, prefix + h*w, C)"""
         raise NotImplementedError
+
+    def _run(self, x: Tensor) -> Callable[[Tensor, int, int], Tensor]:
+        """run(tokens, start, stop), which calls blocks start ... stop - 1, in this call for x."""
+        return self._run_blocks
+
+    def _run_blocks(self, x, start, stop):
+        for i in range(start, stop):
+            x = self.blocks[i](x)
+        return x
 
     def forward_features(self, x: Tensor) -> Tensor:
         """images -> all tokens, normed: (B, 1 + h*w, C), or (B, h*w, C) without a class token"""

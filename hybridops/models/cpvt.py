@@ -76,7 +76,8 @@ class Cpvt(Classifier):
             for i in range(depth)
         )
         self.pos_block = nn.ModuleList(PEG(embed_dim, peg_kernel) for _ in positions)
-        self._peg_behind = {block: i for i, block in enumerate(positions)}
+        # (which PEG, block in front of it), in the order in which they run
+        self._pegs = sorted(enumerate(positions), key=lambda peg: peg[1])
         self.norm = norm_layer(embed_dim)
         self.head = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
         self.apply(init_linear)
@@ -99,14 +100,13 @@ class Cpvt(Classifier):
     def _tokens(self, x: Tensor, count: int) -> Tensor:
         """The first `count` blocks, each with the PEG behind it."""
         x, grid = self._embed(x)
-        behind, pegs, prefix = self._peg_behind, self.pos_block, self.num_prefix_tokens
-        for i, block in enumerate(self.blocks):
-            if i == count:
+        run, done = self._run(x), 0
+        for i, block in self._pegs:
+            if block >= count:
                 break
-            x = block(x)
-            if i in behind:
-                x = pegs[behind[i]](x, grid, prefix)
-        return x
+            x = self.pos_block[i](run(x, done, block + 1), grid, self.num_prefix_tokens)
+            done = block + 1
+        return run(x, done, count)
 
 
 SIZES = {

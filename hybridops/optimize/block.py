@@ -1,54 +1,38 @@
-"""A pre-norm transformer block in two dispatches: what timm's Block and ours have in common."""
+"""A pre-norm transformer block as two layers of a chain: what timm's Block and ours share."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
-from torch import Tensor, nn
-
-from ..ops import attention, attention_layer, linear, mlp_layer
-from ..ops.layer import Weights
+from ..ops.chain import Layer, attention_step, mlp_step
 from .fast import norm_of, one_dtype, scaled
 
 
-class BlockWeights(NamedTuple):
-    qkv: Weights
-    proj: Weights
-    fc1: Weights
-    fc2: Weights
+def block_layers(block: Any, activation: str, scale: float | None) -> list[Layer] | None:
+    """x + ls1(attn(norm1(x))), then x + ls2(mlp(norm2(x))), LayerScale folded into the products.
 
-
-def block_weights(block: Any) -> BlockWeights | None:
-    """The block's products, LayerScale folded in; None where its dtypes differ."""
+    None where the block's dtypes differ.
+    """
     attn, mlp = block.attn, block.mlp
     layers = (attn.qkv, attn.proj, mlp.fc1, mlp.fc2, block.norm1, block.norm2)
     if not one_dtype(layer.weight for layer in layers):
         return None
     gammas = [getattr(ls, "gamma", None) for ls in (block.ls1, block.ls2)]
-    qkv, fc1 = scaled(attn.qkv), scaled(mlp.fc1)
-    return BlockWeights(qkv, scaled(attn.proj, gammas[0]), fc1, scaled(mlp.fc2, gammas[1]))
-
-
-def run_block(
-    block: Any, x: Tensor, weights: BlockWeights, activation: str, scale: float | None
-) -> Tensor:
-    """x + attn(norm1(x)), then x + mlp(norm2(x))"""
-    qkv, proj, fc1, fc2 = weights
-    attn = block.attn
-    if type(attn.q_norm) is nn.Identity:
-        x = attention_layer(
-            x,
-            qkv,
-            proj,
+    return [
+        attention_step(
+            scaled(attn.qkv),
+            scaled(attn.proj, gammas[0]),
             heads=attn.num_heads,
             key_dim=attn.head_dim,
             scale=scale,
             norm=norm_of(block.norm1),
             residual=True,
-        )
-    else:
-        packed = linear(x, qkv.weight, qkv.bias, norm=norm_of(block.norm1), packed=qkv.packed)
-        q, k, v = packed.unflatten(2, (3, attn.num_heads, attn.head_dim)).unbind(2)
-        out = attention(attn.q_norm(q), attn.k_norm(k), v, scale=scale).flatten(2)
-        x = linear(out, proj.weight, proj.bias, residual=x, packed=proj.packed)
-    return mlp_layer(x, fc1, fc2, norm=norm_of(block.norm2), activation=activation, residual=True)
+        ),
+        mlp_step(
+            scaled(mlp.fc1),
+            scaled(mlp.fc2, gammas[1]),
+            activation=activation,
+            norm=norm_of(block.norm2),
+            residual=True,
+        ),
+    ]

@@ -6,6 +6,9 @@ the outermost one runs, and settles for all below it, once per call, whether any
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import chain as joined
 from typing import Any
 
 import torch
@@ -13,11 +16,31 @@ from torch import Tensor, nn
 
 from ..ops.chain import Chain, Layer
 from . import rules
-from .fast import Fast
+from .fast import Fast, Plan, first
+
+_apart = False
+
+
+@contextmanager
+def apart() -> Iterator[None]:
+    """Run every block by itself while this is open, so that each can be watched."""
+    global _apart
+    before, _apart = _apart, True
+    try:
+        yield
+    finally:
+        _apart = before
+
+
+def is_apart() -> bool:
+    """Whether blocks run one by one: watched, or in a graph, which torch.compile builds of them."""
+    return _apart or torch.compiler.is_compiling()
 
 
 class Chained(Fast):
     """Base of those rules: `layers` says what the module is made of."""
+
+    _hybridops_plan: Plan
 
     def layers(self) -> list[Layer] | None:
         """The module as layers of a chain, norms folded and weights packed; None if it is not."""
@@ -45,6 +68,41 @@ def layers_of(*modules: nn.Module) -> list[Layer] | None:
     return layers
 
 
+class Runs:
+    """Modules of which any that stand side by side may run as one chain: runs(x, start, stop).
+
+    The last of them is called by itself.
+    """
+
+    def __init__(self, layers: list[list[Layer]], last: nn.Module) -> None:
+        self._layers = layers
+        self._last = last
+        self._chains: dict[tuple[int, int], Chain] = {}
+
+    @classmethod
+    def of(cls, modules: nn.ModuleList) -> Runs | None:
+        """None where one of them is no chain."""
+        *chained, last = modules
+        layers = []
+        for module in chained:
+            found = layers_of(module)
+            if found is None:
+                return None
+            layers.append(found)
+        return cls(layers, last)
+
+    def __call__(self, x: Tensor, start: int, stop: int) -> Tensor:
+        end = min(stop, len(self._layers))
+        if start < end:
+            chain = self._chains.get((start, end))
+            if chain is None:
+                chain = self._chains[start, end] = Chain(
+                    joined.from_iterable(self._layers[start:end])
+                )
+            x = chain(x)
+        return x if stop <= len(self._layers) else self._last(x)
+
+
 def not_chained(name: str, module: nn.Module, mode: str) -> str | None:
     """Why a child is no chain, before anything is replaced."""
     if type(module) is nn.Identity:
@@ -56,19 +114,23 @@ def not_chained(name: str, module: nn.Module, mode: str) -> str | None:
     return reason and f"{name}: {reason}"
 
 
-class FastSequential(Chained, nn.Sequential):
+class Container(Chained):
+    """Base of the rules for what holds blocks: `apart` makes it call them one by one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if is_apart():
+            return self.replaces.forward(self, x)
+        return Chained.forward(self, x)
+
+
+class FastSequential(Container, nn.Sequential):
     implied = True  # nobody looks for it in the report where it does not apply
 
     @classmethod
     def unserved(cls, module: Any, mode: str) -> str | None:
-        if mode == "train" or len(module) == 0:
+        if mode == "train" or all(type(child) is nn.Identity for child in module):
             return "nothing to run at once"
-        for name, child in module.named_children():
-            reason = not_chained(name, child, mode)
-            if reason:
-                return reason
-        return None if any(type(c) is not nn.Identity for c in module) else "nothing to run"
+        return first(not_chained(name, child, mode) for name, child in module.named_children())
 
     def layers(self) -> list[Layer] | None:
-        # a graph is built of the children, which torch.compile can read
-        return None if torch.compiler.is_compiling() else layers_of(*self)
+        return layers_of(*self)

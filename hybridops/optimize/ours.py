@@ -11,7 +11,8 @@ from ..models.levit import Levit
 from ..nn import Attention, Block, Mlp
 from ..nn._derived import fold_in_front
 from ..ops import linear
-from .block import block_weights, run_block
+from .block import block_layers
+from .chained import Chained, Runs, is_apart
 from .fast import (
     Fast,
     activation_name,
@@ -49,8 +50,8 @@ class FastLevit(Fast, Levit):
         return averaged_heads(self.bypassed(self))
 
 
-class FastBlock(Fast, Block):
-    """The block of our transformers: two dispatches."""
+class FastBlock(Chained, Block):
+    """The block of our transformers."""
 
     @classmethod
     def unserved(cls, module, mode):
@@ -59,7 +60,8 @@ class FastBlock(Fast, Block):
         attn, mlp = module.attn, module.mlp
         if getattr(attn, "gate", None) is not None:
             return "gated attention runs in its own kernels"
-        if any(type(part.norm) is not nn.Identity for part in (attn, mlp)):
+        inner = (attn.norm, attn.q_norm, attn.k_norm, mlp.norm)
+        if any(type(norm) is not nn.Identity for norm in inner):
             return "a norm inside attn or mlp; those run in their own kernels"
         return first(
             (
@@ -78,23 +80,23 @@ class FastBlock(Fast, Block):
         return activation_name(module.mlp.act)
 
     def forward(self, x, attn_mask=None, is_causal=False):
-        plan = self._hybridops_plan
-        plain = attn_mask is None and not is_causal and not backend.reference_forced()
-        weights = plan.derived(self, x) if plain else None
-        if weights is None:
+        if attn_mask is not None or is_causal or backend.reference_forced():
             return Block.forward(self, x, attn_mask, is_causal)
-        return run_block(self, x, weights, plan.facts, self.attn.scale)
+        return Chained.forward(self, x)
 
-    def derive(self):
-        return block_weights(self)
+    def layers(self):
+        return block_layers(self, self._hybridops_plan.facts, self.attn.scale)
 
 
-class _Pruned(Fast):
-    """Base of the rules for classifiers: the last block computes what the class token needs."""
+class _Classifier(Fast):
+    """Base of the rules for classifiers: the blocks between two PEGs are one dispatch.
+
+    The last block computes what the class token needs, by itself.
+    """
 
     @classmethod
     def bypassed(cls, module):
-        return ()  # Classifier looks after hooks itself
+        return (module.blocks,)
 
     @classmethod
     def facts(cls, module):
@@ -108,10 +110,21 @@ class _Pruned(Fast):
     def on_restore(cls, module):
         module.prune_last_block = module._hybridops_plan.facts
 
+    def _run(self, x):
+        runs = (
+            None
+            if backend.reference_forced() or is_apart()
+            else self._hybridops_plan.derived(self, x)
+        )
+        return self._run_blocks if runs is None else runs
 
-class FastCpvt(_Pruned, Cpvt):
+    def derive(self):
+        return Runs.of(self.blocks)
+
+
+class FastCpvt(_Classifier, Cpvt):
     pass
 
 
-class FastHybridVit(_Pruned, HybridVit):
+class FastHybridVit(_Classifier, HybridVit):
     channels_last = True

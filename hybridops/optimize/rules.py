@@ -115,7 +115,7 @@ def find(module: nn.Module) -> tuple[type[Fast] | None, str | None]:
     if rule is not None:
         return _load(rule), None
     base = next((b for b in cls.__mro__ if dotted(b) in RULES), None)
-    if base is None:
+    if base is None or _load(RULES[dotted(base)]).implied:
         return None, None
     return None, f"a subclass of {dotted(base)}, whose rule serves that class only"
 

@@ -34,7 +34,7 @@ from ..ops import (
     pack_conv,
 )
 from ..ops.chain import attention_step, mlp_step, subsample_step
-from .chained import Chained, layers_of, not_chained
+from .chained import Chained, Container, layers_of, not_chained
 from .fast import (
     Fast,
     activation_name,
@@ -358,7 +358,7 @@ class FastLevitDownsample(Chained, LevitDownsample):
         return attn + mlp.layers(residual=True) if served else None
 
 
-class FastLevitStage(Chained, LevitStage):
+class FastLevitStage(Container, LevitStage):
     @classmethod
     def unserved(cls, module, mode):
         if mode == "train":

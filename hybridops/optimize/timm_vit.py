@@ -1,4 +1,4 @@
-"""timm's vision_transformer.Block: norm, product, activation and residual as one kernel each."""
+"""timm's vision_transformer.Block: a chain of two layers, and its blocks one chain."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from timm.layers.norm import LayerNorm
 from timm.models.vision_transformer import Block
 from torch import nn
 
-from .block import block_weights, run_block
+from .block import block_layers
+from .chained import Chained
 from .fast import (
-    Fast,
     activation_name,
     fall_back,
     first,
@@ -21,7 +21,7 @@ from .fast import (
 from .timm_layers import FastAttention, FastMlp
 
 
-class FastBlock(Fast, Block):
+class FastBlock(Chained, Block):
     @classmethod
     def unserved(cls, module, mode):
         attn, mlp = module.attn, module.mlp
@@ -45,7 +45,8 @@ class FastBlock(Fast, Block):
         reason = FastMlp.unserved(mlp, "inference")
         if reason:
             return f"mlp: {reason}"
-        if type(attn.norm) is not nn.Identity or type(mlp.norm) is not nn.Identity:
+        inner = (attn.norm, attn.q_norm, attn.k_norm, mlp.norm)
+        if any(type(norm) is not nn.Identity for norm in inner):
             return "a norm inside attn or mlp; those are served on their own"
         return (
             "training keeps the block as it is; attn and mlp are served"
@@ -58,16 +59,12 @@ class FastBlock(Fast, Block):
         return activation_name(module.mlp.act)
 
     def forward(self, x, attn_mask=None, is_causal=False):
-        plan = self._hybridops_plan
         if attn_mask is not None or is_causal:
             fall_back("timm Block", "mask")
             return Block.forward(self, x, attn_mask, is_causal)
-        weights = plan.derived(self, x)
-        if weights is None:
-            return Block.forward(self, x)
-        attn = self.attn
-        # torch's fused attention takes no scale from timm, so neither do we
-        return run_block(self, x, weights, plan.facts, None if attn.fused_attn else attn.scale)
+        return Chained.forward(self, x)
 
-    def derive(self):
-        return block_weights(self)
+    def layers(self):
+        # torch's fused attention takes no scale from timm, so neither do we
+        scale = None if self.attn.fused_attn else self.attn.scale
+        return block_layers(self, self._hybridops_plan.facts, scale)

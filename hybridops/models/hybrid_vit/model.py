@@ -128,11 +128,7 @@ class HybridVit(Classifier):
             )
         positions = resize_positions(self.pos_embed, self.grid, grid)
         x = with_prefix(self.patch_embed(x), positions, self.cls_token)
-        for i, block in enumerate(self.blocks):
-            if i == count:
-                break
-            x = block(x)
-        return x
+        return self._run(x)(x, 0, count)
 
 
 def resize_positions(positions: Tensor, old: Grid, new: Grid) -> Tensor:

@@ -1,0 +1,147 @@
+"""Layers one behind the other in one dispatch: as right as the layers called one by one."""
+
+import pytest
+import torch
+from check import accurate
+from test_ops_layer import in_float64, needs_library, weights
+
+import hybridops as ho
+from hybridops import backend
+from hybridops.ops.chain import Chain, attention_step, mlp_step, subsample_step
+
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+
+
+def same(w):
+    return w
+
+
+def levit_like(dtype):
+    """A block, a subsampling from 5 x 7 to 3 x 4 tokens, and a perceptron, as make(convert)."""
+    C, Co, heads, D, Dv = 37, 24, 3, 8, 20
+    qkv, out = weights(heads * (2 * D + Dv), C, dtype), weights(C, heads * Dv, dtype)
+    kv, q = weights(heads * (D + Dv), C, dtype), weights(heads * D, C, dtype, bias=False)
+    proj, up, down = (
+        weights(n, k, dtype) for n, k in ((Co, heads * Dv), (2 * Co, Co), (Co, 2 * Co))
+    )
+    scores = torch.randn(1, heads, 35, 35).to(dtype)
+    fewer = torch.randn(1, heads, 12, 35).to(dtype)
+    gamma = torch.randn(Co).to(dtype)
+
+    def make(convert, number):
+        shape = {"heads": heads, "key_dim": D, "scale": 0.3, "activation": "hardswish"}
+        return Chain(
+            [
+                attention_step(
+                    convert(qkv),
+                    convert(out),
+                    interleaved=True,
+                    residual=True,
+                    bias=number(scores),
+                    **shape,
+                ),
+                subsample_step(
+                    convert(kv),
+                    convert(q),
+                    convert(proj),
+                    grid=(5, 7),
+                    stride=2,
+                    bias=number(fewer),
+                    **shape,
+                ),
+                mlp_step(
+                    convert(up),
+                    convert(down),
+                    activation="gelu",
+                    norm=(number(gamma), None, 1e-6),
+                    residual=True,
+                ),
+            ]
+        )
+
+    return make
+
+
+@needs_library
+@DTYPES
+@pytest.mark.parametrize("B", [1, 3])
+def test_as_right_as_torch(dtype, B):
+    make = levit_like(dtype)
+    x = torch.randn(B, 35, 64).to(dtype)[..., :37]  # a slice of wider rows, read where it lies
+    with torch.inference_mode():
+        counted = backend.fallbacks.total()
+        ours = make(same, same)(x)
+        assert backend.fallbacks.total() == counted
+        with ho.use("reference"):
+            torchs = make(same, same)(x)
+            exact = make(in_float64, torch.Tensor.double)(x.double())
+    assert ours.shape == (B, 12, 24)
+    accurate(ours, torchs, exact, "chain")
+
+
+@needs_library
+def test_is_one_dispatch():
+    make = levit_like(torch.float32)
+    with torch.inference_mode(), torch.profiler.profile() as seen:
+        make(same, same)(torch.randn(2, 35, 37))
+    names = [event.key for event in seen.key_averages() if event.key.startswith("hybridops::")]
+    assert names == ["hybridops::chain"]
+
+
+def test_gradients_take_single_layers():
+    chain = levit_like(torch.float32)(same, same)
+    x = torch.randn(1, 35, 37, requires_grad=True)
+    chain(x).sum().backward()
+    assert x.grad is not None
+    assert x.grad.isfinite().all()
+
+
+def test_no_layers():
+    with pytest.raises(ValueError, match="one layer at least"):
+        Chain([])
+
+
+@needs_library
+@pytest.mark.parametrize("N", [1, 34, 36])
+def test_tokens_that_do_not_fit_their_grid(N):
+    """The kernel refuses; the single layers then say why."""
+    chain = levit_like(torch.float32)(same, same)
+    counted = backend.fallbacks.total()
+    with torch.inference_mode(), pytest.raises((ValueError, RuntimeError)):
+        chain(torch.randn(1, N, 37))
+    assert backend.fallbacks.total() > counted
+
+
+@needs_library
+@pytest.mark.parametrize(
+    ("codes", "tensors", "ints", "floats"),
+    [
+        ([], 0, 0, 0),
+        ([7], 0, 0, 0),
+        ([-1], 0, 0, 0),
+        ([0], 9, 4, 2),
+        ([0], 8, 5, 2),
+        ([1], 8, 2, 0),
+        ([2], 10, 6, 0),
+        ([2], 0, 0, 0),
+    ],
+)
+def test_too_few_operands_are_refused(codes, tensors, ints, floats):
+    x = torch.randn(1, 4, 4)
+    call = torch.ops.hybridops.chain
+    with pytest.raises(RuntimeError, match="chain|layer|fit"):
+        call(x, codes, [torch.randn(12, 4)] * tensors, [1] * ints, [1.0] * floats)
+
+
+@needs_library
+@DTYPES
+def test_opcheck(dtype):
+    chain = levit_like(dtype)(same, same)
+    x = torch.randn(2, 35, 37).to(dtype)
+    arguments = (x, chain._codes, chain._tensors, chain._ints, chain._floats)
+    with torch.no_grad():
+        torch.library.opcheck(
+            torch.ops.hybridops.chain.default,
+            arguments,
+            test_utils=("test_schema", "test_faketensor"),
+        )
