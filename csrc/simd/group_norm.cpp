@@ -47,9 +47,9 @@ void scaled(const T* x, const T* residual, const float* scale, const float* shif
       Vec z = fma(load_some(x + c, left), load_some(scale + c, left), load_some(shift + c, left));
       if (residual) z += load_some(residual + r * C + c, left);
       if (activation == kRelu)
-        z = activate<kRelu>(z);
+        z = activate<kRelu, T>(z);
       else if (activation != kNone)
-        activate(&z, 1, activation);
+        activate<T>(&z, 1, activation);
       store_some(y + c, z, left);
     }
 }

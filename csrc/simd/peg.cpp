@@ -40,7 +40,7 @@ HYBRIDOPS_INLINE void pixels_at(const T* x, const float* taps, const float* bias
   if (activation != kNone) {
     Vec flat[P];  // a copy: z itself is never indexed at run time and stays in registers
     HYBRIDOPS_UNROLL for (int p = 0; p < P; ++p) flat[p] = z[p];
-    activate(flat, P, activation);
+    activate<T>(flat, P, activation);
     HYBRIDOPS_UNROLL for (int p = 0; p < P; ++p) z[p] = flat[p];
   }
   HYBRIDOPS_UNROLL for (int p = 0; p < P; ++p) {

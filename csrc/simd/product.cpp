@@ -97,7 +97,7 @@ struct ProductTile {
       Vec flat[MR * NV];  // a copy, so that the tile itself is never indexed at run time and stays
                           // in registers
       HYBRIDOPS_UNROLL for (int i = 0; i < MR * NV; ++i) flat[i] = tile[i / NV][i % NV];
-      activate(flat, MR * NV, output.activation);
+      activate<T>(flat, MR * NV, output.activation);
       HYBRIDOPS_UNROLL for (int i = 0; i < MR * NV; ++i) tile[i / NV][i % NV] = flat[i];
     }
     const bool whole = column + NV * kLanes <= N;
