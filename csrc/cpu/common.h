@@ -130,7 +130,10 @@ inline const float* floats(Scratch& scratch, const std::optional<Tensor>& x) {
   if (type_of(*x) == simd::Type::kFloat && (stride == 1 || n <= 1))
     return (const float*)x->const_data_ptr();
   float* y = scratch.take(n);
-  simd::to_float(x->const_data_ptr(), type_of(*x), stride, n, 1, y, 1);
+  if (stride == 1)
+    simd::to_float(x->const_data_ptr(), type_of(*x), n, 1, n, y, n);
+  else
+    simd::to_float(x->const_data_ptr(), type_of(*x), stride, n, 1, y, 1);
   return y;
 }
 
