@@ -54,8 +54,8 @@ GPU: dict[str, tuple[Row, ...]] = {
     "attention_backward": (Row("cuda", largest=320), Row("triton")),
     "peg": (Row("cuda", limit=16), Row("triton")),
     "peg_backward": (Row("cuda", limit=16), Row("triton")),
-    "conv_stem": (Row("triton"),),
-    "patch_embed": (Row("triton"),),
+    "conv_stem": (Row("triton"), Row("cuda")),
+    "patch_embed": (Row("triton"), Row("cuda")),
     "linear": (Row("triton"), Row("cuda")),
 }
 

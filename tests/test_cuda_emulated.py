@@ -29,7 +29,10 @@ SERVED = {
     "peg": ("peg", "peg_backward"),
     "attention": ("attention", "attention_backward"),
     "linear": ("linear",),
+    "patch_embed": ("patch_embed",),
+    "conv_stem": ("conv_stem",),
 }
+BY_TORCH = ("linear_backward", "conv_backward")  # torch's own products, as on a GPU
 pytestmark = pytest.mark.usefixtures("nan_filled", "emulated")
 
 
@@ -60,7 +63,8 @@ def emulated(library, monkeypatch):
         for op in ops:
             kernel = getattr(torch.ops.hybridops_cuda, op).default
             override.impl(op, kernel, "CPU", allow_override=True)
-    override.impl("linear_backward", ON_GPU["linear_backward"], "CPU", allow_override=True)
+    for op in BY_TORCH:
+        override.impl(op, ON_GPU[op], "CPU", allow_override=True)
 
     def unpacked(weight, runs):  # nothing is packed on a GPU
         return weight.clone()
@@ -78,6 +82,16 @@ def work(case) -> int:
         return t["x"].numel() * case.K**2
     if case.op == "linear":
         return t["x"].numel() * case.N
+    if case.op == "patch_embed":
+        stride = case.stride or case.kernel[0]
+        return t["image"].numel() * case.kernel[0] * case.kernel[1] * case.C // stride**2
+    if case.op == "conv_stem":
+        products, cells, Ci = 0, case.B * case.H * case.W, case.Ci
+        for layer in case.layers:
+            cells //= layer.stride**2
+            products += cells * Ci * layer.K**2 * layer.Co
+            Ci = layer.Co
+        return products
     q, v = t.get("q", t.get("qkv")), t.get("v", t.get("qkv"))
     return q.numel() * (case.Nk or case.Nq) + v.numel() * case.Nq
 
@@ -106,6 +120,9 @@ LAYOUTS = [
     cases.Linear("matrix_act", M=(3, 7), N=16, K=48, activation="gelu"),
     cases.Peg("matrix", H=5, W=6, C=16, prefix=1),
     cases.Peg("matrix_stride", H=7, W=6, C=16, K=5, stride=2, residual=False),
+    cases.PatchEmbed("matrix", H=16, W=16, C=24, kernel=(8, 8), prefix=2, pos=6, norm="affine"),
+    cases.PatchEmbed("matrix_overlap", H=9, W=7, Ci=8, C=9, kernel=(3, 3), stride=2, padding=1),
+    cases.ConvStem("matrix", H=12, W=9, layers=(cases.Conv(16, activation="gelu"), cases.Conv(9))),
 ]
 
 
@@ -135,10 +152,17 @@ def test_heads_that_do_not_fit_shared_memory_match(case):
     check.outputs_and_gradients(case, torch.float32, "cpu")
 
 
-def test_the_larger_tile_matches():
-    case = cases.Linear("large", M=257, N=257, K=72, norm="affine", activation="gelu")
-    for dtype in DTYPES:
-        check.outputs_and_gradients(case, dtype, "cpu")
+LARGER_TILES = [
+    cases.Linear("large", M=257, N=257, K=72, norm="affine", activation="gelu"),
+    cases.PatchEmbed("large", H=24, W=25, Ci=1, C=130, kernel=(2, 2), norm="affine", pos=144),
+    cases.PatchEmbed("large_norm", H=24, W=24, Ci=5, C=127, kernel=(2, 2), norm="no_bias", pos=144),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", LARGER_TILES, ids=str)
+def test_the_larger_tile_matches(case, dtype):
+    check.outputs_and_gradients(case, dtype, "cpu")
 
 
 def test_a_head_too_wide_is_refused_by_name():

@@ -1,0 +1,26 @@
+// The convolution of conv_stem and patch_embed, straight from the image to tokens: conv.cu has it.
+#pragma once
+#include "window.cuh"
+
+namespace hybridops::cuda {
+
+struct Convolution {
+  Image image;
+  Tensor weight;  // (Co, Ci, KH, KW), any strides
+  std::optional<Tensor> bias;
+  Sight sight;
+  int64_t activation;
+  std::optional<Tensor> norm_weight, norm_bias;  // LayerNorm over Co behind the activation
+  double eps;
+  std::optional<Tensor> position;  // (cells, Co), any strides, added last
+};
+
+// The four from `first` on.
+Padding padding_of(const std::vector<int64_t>& sides, size_t first, const char* op);
+Image image_of(const Tensor& image, const Tensor& weight, const char* op);
+Image image_of_tokens(const Tensor& tokens, int64_t H, int64_t W);
+
+// Writes rows [start, start + cells) of each image of y (B, rows, Co), contiguous.
+void convolve(const Device& device, const Convolution& c, Tensor& y, int64_t start, const char* op);
+
+}  // namespace hybridops::cuda
