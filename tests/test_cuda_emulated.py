@@ -18,9 +18,8 @@ import pytest
 import torch
 from cases import CASES
 
-from hybridops import backend
+from hybridops import backend, ops
 from hybridops.bench import case as cases
-from hybridops.ops._contract import ON_GPU
 
 ROOT = Path(__file__).resolve().parent.parent
 LIBRARY = ROOT / "build" / "_cuda_emulated.so"
@@ -28,11 +27,10 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SERVED = {
     "peg": ("peg", "peg_backward"),
     "attention": ("attention", "attention_backward"),
-    "linear": ("linear",),
-    "patch_embed": ("patch_embed",),
-    "conv_stem": ("conv_stem",),
+    "linear": ("linear", "linear_backward"),
+    "patch_embed": ("patch_embed", "conv_backward"),
+    "conv_stem": ("conv_stem", "conv_backward"),
 }
-BY_TORCH = ("linear_backward", "conv_backward")  # torch's own products, as on a GPU
 pytestmark = pytest.mark.usefixtures("nan_filled", "emulated")
 
 
@@ -46,7 +44,7 @@ def library() -> None:
         build = [sys.executable, "setup.py", "--quiet", "build_cuda_emulated"]
         built = subprocess.run(build, cwd=ROOT, capture_output=True, text=True)
         assert built.returncode == 0, built.stdout[-4000:]
-    for op in (name for ops in SERVED.values() for name in ops):
+    for op in (name for names in SERVED.values() for name in names):
         if not hasattr(torch.ops.hybridops_cuda, op):
             schema = str(getattr(torch.ops.hybridops, op).default._schema)
             torch.library.define(f"hybridops_cuda::{op}", schema.removeprefix(f"hybridops::{op}"))
@@ -59,12 +57,9 @@ def emulated(library, monkeypatch):
     if backend.ISA is None:
         pytest.skip("the door hands CPU tensors to a kernel only where there is a CPU library")
     override = torch.library.Library("hybridops", "IMPL")
-    for ops in SERVED.values():
-        for op in ops:
-            kernel = getattr(torch.ops.hybridops_cuda, op).default
-            override.impl(op, kernel, "CPU", allow_override=True)
-    for op in BY_TORCH:
-        override.impl(op, ON_GPU[op], "CPU", allow_override=True)
+    for op in {name for names in SERVED.values() for name in names}:
+        kernel = getattr(torch.ops.hybridops_cuda, op).default
+        override.impl(op, kernel, "CPU", allow_override=True)
 
     def unpacked(weight, runs):  # nothing is packed on a GPU
         return weight.clone()
@@ -175,3 +170,13 @@ def test_a_kernel_too_large_is_refused_by_name():
     x, weight = torch.zeros(1, 4, 8), torch.zeros(8, 1, 17, 17)
     with pytest.raises(RuntimeError, match="K up to 16, got 17"):
         torch.ops.hybridops_cuda.peg(x, weight, None, 2, 2, 0, 1, 8, True, 0, False)
+
+
+def test_nan_wins_in_the_pool():
+    image, weight = torch.randn(1, 1, 8, 8).bfloat16().float(), torch.ones(1, 1, 1, 1)
+    image[0, 0, 3, 3] = float("nan")
+    layers, pool = [ops.ConvLayer(weight)], ops.MaxPool(3, 2, 1)
+    found = ops.conv_stem(image, layers, pool=pool, layout="image")
+    expected = torch.nn.functional.max_pool2d(image, 3, 2, 1)
+    assert torch.equal(found.isnan(), expected.isnan())
+    assert torch.equal(found.nan_to_num(), expected.nan_to_num())

@@ -19,14 +19,15 @@ struct Finish {
   int activation;
 };
 
-// y: rows of N, images stride_b apart.
 template <class T>
 struct Tokens {
   Global<T> data;
-  int64_t stride_b;
-  int cells, N;
+  int64_t stride_b, stride_h, stride_w;
+  int cells, across, N;
   HYBRIDOPS_DEVICE int64_t at(int64_t row) const {
-    return row / cells * stride_b + row % cells * N;
+    const int64_t b = row / cells;
+    const int cell = (int)(row - b * cells);
+    return b * stride_b + cell / across * stride_h + cell % across * stride_w;
   }
 };
 
@@ -198,7 +199,7 @@ Sight sight_of(const Image& image, int64_t KH, int64_t KW, int64_t stride, const
   return {KH, KW, stride, Ho, Wo, p, image.C > 1 && image.stride_c == 1};
 }
 
-void convolve(const Device& device, const Convolution& c, Tensor& y, int64_t start,
+void convolve(const Device& device, const Convolution& c, Tensor& y, const Places& places,
               const char* op) {
   const int64_t N = c.weight.size(0), B = c.image.B, cells = c.sight.cells(), M = B * cells;
   const auto fits = [&](const std::optional<Tensor>& v) {
@@ -215,7 +216,13 @@ void convolve(const Device& device, const Convolution& c, Tensor& y, int64_t sta
     const Window<T> x = window_of<T>(c.image, c.sight);
     std::optional<Tensor> copy;
     const Rows<T> w = x.K ? weight_of(device, c.weight, x, copy) : Rows<T>{};
-    const Tokens<T> to{memory_of<T>(y) + start * N, y.size(1) * N, (int)cells, (int)N};
+    const Tokens<T> to{memory_of<T>(y) + places.start,
+                       places.stride_b,
+                       places.stride_h,
+                       places.stride_w,
+                       (int)cells,
+                       (int)c.sight.Wo,
+                       (int)N};
     Finish<T> finish{memory_of<const T>(bias),
                      memory_of<const T>(norm_weight),
                      memory_of<const T>(norm_bias),

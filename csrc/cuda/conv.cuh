@@ -20,7 +20,11 @@ Padding padding_of(const std::vector<int64_t>& sides, size_t first, const char* 
 Image image_of(const Tensor& image, const Tensor& weight, const char* op);
 Image image_of_tokens(const Tensor& tokens, int64_t H, int64_t W);
 
-// Writes rows [start, start + cells) of each image of y (B, rows, Co), contiguous.
-void convolve(const Device& device, const Convolution& c, Tensor& y, int64_t start, const char* op);
+// Where the Co numbers of image b, cell (h, w) go: the strides, of the whole.
+struct Places {
+  int64_t start, stride_b, stride_h, stride_w;
+};
+void convolve(const Device& device, const Convolution& c, Tensor& y, const Places& places,
+              const char* op);
 
 }  // namespace hybridops::cuda

@@ -49,7 +49,9 @@ Tensor conv_stem(Tensor image, std::vector<Tensor> weights, std::vector<Tensor> 
     const Sight sight = sight_of(x, weight.size(2), weight.size(3), strides[i],
                                  padding_of(paddings, 4 * i, op), op);
     Tensor y = empty(weight, {x.B, sight.cells(), weight.size(0)}, weight.scalar_type());
-    convolve(device, {x, weight, biases[i], sight, activations[i], {}, {}, 0.0, {}}, y, 0, op);
+    const int64_t C = weight.size(0);
+    convolve(device, {x, weight, biases[i], sight, activations[i], {}, {}, 0.0, {}}, y,
+             {0, sight.cells() * C, sight.Wo * C, C}, op);
     x = image_of_tokens(y, sight.Ho, sight.Wo);
   }
   if (pool.empty()) return x.tensor;

@@ -53,7 +53,9 @@ Tensor patch_embed(Tensor image, Tensor weight, std::optional<Tensor> bias, std:
                     (int)P, (int)C, B * P * C);
     });
   if (covers_prefix) position = torch::stable::narrow(*position, 0, P, cells);
-  convolve(device, {from, weight, bias, sight, 0, norm_weight, norm_bias, eps, position}, y, P, op);
+  const Places places{P * C, (P + cells) * C, sight.Wo * C, C};
+  convolve(device, {from, weight, bias, sight, 0, norm_weight, norm_bias, eps, position}, y, places,
+           op);
   return y;
 }
 

@@ -15,12 +15,13 @@ struct Image {
   int64_t B, C, H, W, stride_b, stride_c, stride_h, stride_w;
 };
 
-// What of an image a window of (KH, KW) sees, in the order in which memory has it: channel, row,
-// column; or, where channels lie together, row, column, channel.
+// What of an image a window of (KH, KW) sees from each of (Ho, Wo) cells, in the order in which
+// memory has it: channel, row, column; or, where channels lie together, row, column, channel.
 struct Sight {
   int64_t KH, KW, stride, Ho, Wo;
   Padding padding;
   bool channels_last;
+  bool backwards = false;  // a window goes up and left from its cell, as a gradient's does
   int64_t cells() const { return Ho * Wo; }
 };
 Sight sight_of(const Image& image, int64_t KH, int64_t KW, int64_t stride, const Padding& padding,
@@ -41,8 +42,8 @@ struct Window {
   int64_t stride_b, stride_h, stride_w, stride_outer, stride_middle, stride_inner;
   int K, middle, inner;  // number k is (k / inner / middle, k / inner % middle, k % inner)
   int H, W, cells, across, stride, top, left;
-  bool channels_last, joined;  // joined: inner runs over columns and channels
-  bool whole;                  // numbers come 16 bytes at a time, all inside or all outside
+  bool channels_last, joined, backwards;  // joined: inner runs over columns and channels
+  bool whole;  // numbers come 16 bytes at a time, all inside or all outside
 
   HYBRIDOPS_DEVICE Cell cell(int64_t row, int64_t rows) const {
     if (row >= rows) return {0, kNowhere, 0};
@@ -55,7 +56,8 @@ struct Window {
     if (k >= K) return {0, kNowhere, 0};
     const int n = k % inner, rest = k / inner, m = rest % middle, o = rest / middle;
     const int64_t offset = o * stride_outer + m * stride_middle + n * stride_inner;
-    return {offset, channels_last ? o : m, joined ? 0 : channels_last ? m : n};
+    const int h = channels_last ? o : m, w = joined ? 0 : channels_last ? m : n;
+    return {offset, backwards ? -h : h, backwards ? -w : w};
   }
   HYBRIDOPS_DEVICE bool holds(const Cell& cell, const Cell& tap) const {
     return (unsigned)cell.h + (unsigned)tap.h < (unsigned)H &&
@@ -98,18 +100,22 @@ Window<T> window_of(const Image& image, const Sight& s) {
   x.cells = (int)s.cells(), x.across = (int)s.Wo, x.stride = (int)s.stride;
   x.top = (int)s.padding.top, x.left = (int)s.padding.left;
   x.channels_last = s.channels_last;
-  const bool within = s.padding.left == 0 && (s.Wo - 1) * s.stride + s.KW <= image.W;
+  x.backwards = s.backwards;
+  const bool within =
+      !s.backwards && s.padding.left == 0 && (s.Wo - 1) * s.stride + s.KW <= image.W;
   x.joined = s.channels_last && within && image.stride_w == image.C;
+  const int64_t ahead = s.backwards ? -1 : 1;
   int64_t outer = s.KH;
   if (!s.channels_last) {
     outer = image.C;
     x.middle = (int)s.KH, x.inner = (int)s.KW;
-    x.stride_outer = image.stride_c, x.stride_middle = image.stride_h;
-    x.stride_inner = image.stride_w;
+    x.stride_outer = image.stride_c, x.stride_middle = ahead * image.stride_h;
+    x.stride_inner = ahead * image.stride_w;
   } else {
     x.middle = (int)s.KW, x.inner = (int)image.C;
     if (x.joined) x.inner *= x.middle, x.middle = 1;
-    x.stride_outer = image.stride_h, x.stride_middle = image.stride_w, x.stride_inner = 1;
+    x.stride_outer = ahead * image.stride_h, x.stride_middle = ahead * image.stride_w;
+    x.stride_inner = 1;
   }
   const auto even = [](int64_t count, int64_t stride) {
     return count <= 1 || stride % kGroup == 0;
