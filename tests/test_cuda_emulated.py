@@ -180,3 +180,24 @@ def test_nan_wins_in_the_pool():
     expected = torch.nn.functional.max_pool2d(image, 3, 2, 1)
     assert torch.equal(found.isnan(), expected.isnan())
     assert torch.equal(found.nan_to_num(), expected.nan_to_num())
+
+
+PAIRS = [  # (image, layers): two layers in one launch, tiles that end inside and beyond the grids
+    ((2, 3, 37, 21), (cases.Conv(16, activation="hardswish"), cases.Conv(33))),
+    ((1, 4, 9, 20), (cases.Conv(32, 1, 1, 0), cases.Conv(7, 5, 1, (2, 0, 3, 1), "gelu"))),
+    ((1, 1, 18, 17), (cases.Conv(8, 4, 3, (0, 2, 1, 0), "relu"), cases.Conv(64, 4, 2, "same"))),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("shape", "pair"), PAIRS)
+def test_two_layers_in_one_launch_give_the_bits_of_two(shape, pair, dtype):
+    case = cases.ConvStem("pair", B=shape[0], Ci=shape[1], H=shape[2], W=shape[3], layers=pair)
+    t = case.make_inputs(dtype)
+    layers = [
+        ops.ConvLayer(t[f"weight{i}"], t[f"bias{i}"], layer.stride, layer.padding, layer.activation)
+        for i, layer in enumerate(pair)
+    ]
+    between = ops.conv_stem(t["image"], layers[:1], layout="image")
+    apart = ops.conv_stem(between, layers[1:])
+    assert check.same_bits(ops.conv_stem(t["image"], layers), apart)

@@ -7,6 +7,7 @@
 // first, padded to 16 bytes, where it is not: one small launch. A LayerNorm over more channels than
 // a tile holds is a pass of its own.
 #include "conv.cuh"
+#include "conv_weight.cuh"
 
 namespace hybridops::cuda {
 namespace {
@@ -30,21 +31,6 @@ struct Tokens {
     return b * stride_b + cell / across * stride_h + cell % across * stride_w;
   }
 };
-
-// (Co, K) in the order of the window, from a weight of any strides.
-template <class T>
-__global__ void __launch_bounds__(256)
-    weight_kernel(Global<const T> weight, int64_t stride_n, int64_t stride_outer,
-                  int64_t stride_middle, int64_t stride_inner, int middle, int inner, int K,
-                  int padded, Global<T> to, int64_t count) {
-  const int64_t i = block_index() * thread_count() + thread_index();
-  if (i >= count) return;
-  const int64_t n = i / padded;
-  const int k = (int)(i % padded);
-  const int64_t from = n * stride_n + k / inner / middle * stride_outer +
-                       k / inner % middle * stride_middle + k % inner * stride_inner;
-  to.store(i, k < K ? weight.load(from) : cast<T>(0.0f));
-}
 
 template <class T, int kM, int kN>
 __global__ void __launch_bounds__(Product<T, kM, kN>::kThreads, Product<T, kM, kN>::kBlocks)
@@ -132,34 +118,6 @@ __global__ void __launch_bounds__(256) norm_kernel(Tokens<T> y, Finish<T> finish
   }
 }
 
-// The weight as rows in the window's order: as it lies, or a copy that is kept in `copy`.
-template <class T>
-Rows<T> weight_of(const Device& device, const Tensor& weight, const Window<T>& x,
-                  std::optional<Tensor>& copy) {
-  const int64_t group = 16 / sizeof(T), N = weight.size(0);
-  const int64_t padded = round_up(x.K, group);
-  // strides of (outer, middle, inner), and how often inner's own dimension is
-  int64_t outer = weight.stride(1), middle = weight.stride(2), inner = weight.stride(3);
-  int middles = (int)weight.size(2), inners = (int)weight.size(3);
-  if (x.channels_last) {
-    outer = weight.stride(2), middle = weight.stride(3), inner = weight.stride(1);
-    middles = (int)weight.size(3), inners = (int)weight.size(1);
-  }
-  const auto fits = [](int64_t count, int64_t stride, int64_t expected) {
-    return count <= 1 || stride == expected;
-  };
-  if (padded == x.K && fits(inners, inner, 1) && fits(middles, middle, inners) &&
-      fits(x.K / std::max(middles * inners, 1), outer, middles * inners) &&
-      fits(N, weight.stride(0), x.K) && is_aligned(weight, 16))
-    return {memory_of<const T>(weight), x.K, 1, true};
-  copy = empty(weight, {N, padded}, weight.scalar_type());
-  if (copy->numel() > 0)
-    device.launch(weight_kernel<T>, divide_up(N * padded, 256), 256, 0, memory_of<const T>(weight),
-                  weight.stride(0), outer, middle, inner, middles, inners, x.K, (int)padded,
-                  memory_of<T>(*copy), N * padded);
-  return {memory_of<const T>(*copy), padded, 1, true};
-}
-
 }  // namespace
 
 Padding padding_of(const std::vector<int64_t>& sides, size_t first, const char* op) {
@@ -215,7 +173,7 @@ void convolve(const Device& device, const Convolution& c, Tensor& y, const Place
     using T = decltype(type);
     const Window<T> x = window_of<T>(c.image, c.sight);
     std::optional<Tensor> copy;
-    const Rows<T> w = x.K ? weight_of(device, c.weight, x, copy) : Rows<T>{};
+    const Rows<T> w = x.K ? weight_of<T>(device, c.weight, x.channels_last, copy) : Rows<T>{};
     const Tokens<T> to{memory_of<T>(y) + places.start,
                        places.stride_b,
                        places.stride_h,

@@ -27,4 +27,17 @@ struct Places {
 void convolve(const Device& device, const Convolution& c, Tensor& y, const Places& places,
               const char* op);
 
+// Two convolutions with bias and activation, the second's on the first's tokens, which stay in
+// shared memory: conv_pair.cu. y is contiguous.
+struct Pair {
+  Image image;
+  Tensor first, second;  // weights
+  std::optional<Tensor> first_bias, second_bias;
+  Sight first_sight, second_sight;
+  int64_t first_activation, second_activation;
+};
+// Whether they are small enough for it.
+bool fits_pair(const Pair& pair);
+void convolve(const Device& device, const Pair& pair, Tensor& y, const char* op);
+
 }  // namespace hybridops::cuda

@@ -40,17 +40,36 @@ Tensor conv_stem(Tensor image, std::vector<Tensor> weights, std::vector<Tensor> 
                   "conv_stem: layers do not fit each other");
   Image x = image_of(image, weights[0], op);
   const Device device(weights[0]);
-  for (size_t i = 0; i < layers; ++i) {
+  const auto sight_at = [&](const Image& from, size_t i) {
     const Tensor& weight = weights[i];
     check_device(weight, op);
-    STD_TORCH_CHECK(weight.dim() == 4 && weight.size(1) == x.C &&
+    STD_TORCH_CHECK(weight.dim() == 4 && weight.size(1) == from.C &&
                         weight.scalar_type() == weights[0].scalar_type(),
                     "conv_stem: weights do not fit each other");
-    const Sight sight = sight_of(x, weight.size(2), weight.size(3), strides[i],
-                                 padding_of(paddings, 4 * i, op), op);
-    Tensor y = empty(weight, {x.B, sight.cells(), weight.size(0)}, weight.scalar_type());
-    const int64_t C = weight.size(0);
-    convolve(device, {x, weight, biases[i], sight, activations[i], {}, {}, 0.0, {}}, y,
+    return sight_of(from, weight.size(2), weight.size(3), strides[i],
+                    padding_of(paddings, 4 * i, op), op);
+  };
+  size_t i = 0;
+  if (layers > 1) {
+    const Sight first = sight_at(x, 0);
+    Image between = x;  // as its tokens would lie
+    between.C = weights[0].size(0), between.H = first.Ho, between.W = first.Wo;
+    between.stride_c = 1;
+    const Pair pair{x,     weights[0],           weights[1],     biases[0],     biases[1],
+                    first, sight_at(between, 1), activations[0], activations[1]};
+    if (fits_pair(pair)) {
+      const Sight& last = pair.second_sight;
+      Tensor y = empty(x.tensor, {x.B, last.cells(), weights[1].size(0)}, weights[1].scalar_type());
+      convolve(device, pair, y, op);
+      x = image_of_tokens(y, last.Ho, last.Wo);
+      i = 2;
+    }
+  }
+  for (; i < layers; ++i) {
+    const Sight sight = sight_at(x, i);
+    const int64_t C = weights[i].size(0);
+    Tensor y = empty(x.tensor, {x.B, sight.cells(), C}, weights[i].scalar_type());
+    convolve(device, {x, weights[i], biases[i], sight, activations[i], {}, {}, 0.0, {}}, y,
              {0, sight.cells() * C, sight.Wo * C, C}, op);
     x = image_of_tokens(y, sight.Ho, sight.Wo);
   }

@@ -6,6 +6,7 @@
 #include "window.cuh"
 
 namespace hybridops::cuda {
+namespace {  // so that each file that includes this has kernels of its own
 
 // Where number k of a row of sums belongs in a row of the gradient.
 struct Order {
@@ -182,4 +183,5 @@ void bias_gradient(const Device& device, const Rows<T>& dy, int64_t rows, int64_
                 slices.count(), (int64_t)1, (int)N, Order{1, (int)N, 0, 0, 1}, memory_of<T>(dbias));
 }
 
+}  // namespace
 }  // namespace hybridops::cuda

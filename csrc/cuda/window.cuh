@@ -49,7 +49,10 @@ struct Window {
     if (row >= rows) return {0, kNowhere, 0};
     const int64_t b = row / cells;
     const int at = (int)(row - b * cells);
-    const int h = at / across * stride - top, w = at % across * stride - left;
+    return cell(b, at / across, at % across);
+  }
+  HYBRIDOPS_DEVICE Cell cell(int64_t b, int row, int column) const {
+    const int h = row * stride - top, w = column * stride - left;
     return {b * stride_b + h * stride_h + w * stride_w, h, w};
   }
   HYBRIDOPS_DEVICE Cell tap(int k) const {
