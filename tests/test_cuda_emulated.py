@@ -200,4 +200,5 @@ def test_two_layers_in_one_launch_give_the_bits_of_two(shape, pair, dtype):
     ]
     between = ops.conv_stem(t["image"], layers[:1], layout="image")
     apart = ops.conv_stem(between, layers[1:])
-    assert check.same_bits(ops.conv_stem(t["image"], layers), apart)
+    same = check.same_bits(ops.conv_stem(t["image"], layers), apart)
+    assert same, "other bits in one launch"
