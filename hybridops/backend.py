@@ -54,8 +54,8 @@ GPU: dict[str, tuple[Row, ...]] = {
     "attention_backward": (Row("cuda", largest=320), Row("triton")),
     "peg": (Row("cuda", limit=16), Row("triton")),
     "peg_backward": (Row("cuda", limit=16), Row("triton")),
-    "conv_stem": (Row("triton"),),
-    "patch_embed": (Row("triton"),),
+    "conv_stem": (Row("triton"), Row("cuda")),
+    "patch_embed": (Row("triton"), Row("cuda")),
     "linear": (Row("triton"), Row("cuda")),
 }
 
@@ -124,7 +124,7 @@ def _load_cuda() -> str | None:
 
 ISA, _LIBRARY, _NO_LIBRARY = _load()
 _NO_CUDA = _load_cuda()
-CUDA_OPS: set[str] = set()  # those of `GPU` that the CUDA library has: the ops enter themselves
+CUDA_OPS: set[str] = set()  # ops that the CUDA library has: they enter themselves
 _NO_TRITON = None if importlib.util.find_spec("triton") else "triton is not installed"
 _forced: str | None = None
 fallbacks: Counter[tuple[str, str]] = Counter()  # (op, reason) -> calls that no kernel served
@@ -248,6 +248,11 @@ below_autograd = torch._C._AutoDispatchBelowAutograd
 def reference_forced() -> bool:
     """True inside `use("reference")`: modules then run child by child, as plain torch would."""
     return _forced == "reference"
+
+
+def cuda_forced() -> bool:
+    """True inside `use("cuda")`: gradients that torch's own products serve then take ours."""
+    return _forced == "cuda"
 
 
 @contextmanager

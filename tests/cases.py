@@ -199,6 +199,16 @@ PATCH_EMBED = [
         padding=1,
         layout="channels_last",
     ),
+    PatchEmbed(
+        "channels_last_left",  # every window ends on the image, the first begins before it
+        H=8,
+        W=9,
+        Ci=4,
+        C=16,
+        kernel=(4, 4),
+        padding=(0, 2, 0, 0),
+        layout="channels_last",
+    ),
     PatchEmbed("empty_batch", B=0, H=16, W=16, C=24, kernel=(8, 8), prefix=1, pos=5),
     PatchEmbed("empty_channels", H=16, W=16, C=0, kernel=(8, 8)),
     PatchEmbed("empty_input_channels", H=16, W=16, Ci=0, C=5, kernel=(8, 8), prefix=1),

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import suppress
 
 import pytest
 import torch
@@ -214,6 +215,20 @@ def test_gradients_by_torch_need_no_triton_and_no_choice(op):
     assert backend.served.total() == served + 1
     for a, b in zip(found, ours or found, strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_gradients_by_torch_take_the_cuda_kernel_where_it_is_forced(gpu, monkeypatch):
+    gpu(80, "cuda")
+    monkeypatch.setattr(backend, "CUDA_OPS", {"linear_backward"})
+    arguments = torch.randn(3, 2), torch.randn(3, 5), torch.randn(2, 5)
+    before = backend.served.copy()
+    with hybridops.use("cuda"), suppress(NotImplementedError):  # for CPU tensors there is none
+        ON_GPU["linear_backward"](*arguments)
+    ON_GPU["linear_backward"](*arguments)
+    assert backend.served - before == {
+        ("linear_backward", "cuda"): 1,
+        ("linear_backward", "cuBLAS"): 1,
+    }
 
 
 def test_a_gpu_without_kernels_is_counted_and_forcing_one_raises(gpu):

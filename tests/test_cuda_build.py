@@ -76,11 +76,13 @@ def test_kernels_compile_for_sm_80_without_spills(tmp_path):
     assert_lean(found, ("sm_80",))
 
 
+OPS = ["attention", "attention_backward", "peg", "peg_backward", "linear", "linear_backward"]
+OPS += ["conv_stem", "patch_embed", "conv_backward"]
 LOADS = """
 import sys, torch
 import hybridops
 torch.ops.load_library(sys.argv[1])
-for op in ("peg", "peg_backward", "attention", "attention_backward"):
+for op in sys.argv[2:]:
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"hybridops_cuda::{op}", "CUDA"), op
 x = torch.randn(1, 12, 8)
 try:
@@ -106,7 +108,8 @@ def test_the_library_builds_for_every_architecture_and_loads_without_a_gpu(tmp_p
     symbols = [line.split()[-1] for line in listed.stdout.splitlines()]
     assert [s for s in symbols if re.match(r"_ZNK?(2at|3c10|5torch)|_?Py[A-Z_]|cuda", s)] == []
     assert str(ROOT).encode() not in library.read_bytes()
-    run = subprocess.run([sys.executable, "-c", LOADS, library], capture_output=True, text=True)
+    command = [sys.executable, "-c", LOADS, library, *OPS]
+    run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert torch.cuda.is_available() or run.stdout.startswith("refused: Could not run")
 

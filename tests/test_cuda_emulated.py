@@ -18,9 +18,8 @@ import pytest
 import torch
 from cases import CASES
 
-from hybridops import backend
+from hybridops import backend, ops
 from hybridops.bench import case as cases
-from hybridops.ops._contract import ON_GPU
 
 ROOT = Path(__file__).resolve().parent.parent
 LIBRARY = ROOT / "build" / "_cuda_emulated.so"
@@ -28,7 +27,9 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SERVED = {
     "peg": ("peg", "peg_backward"),
     "attention": ("attention", "attention_backward"),
-    "linear": ("linear",),
+    "linear": ("linear", "linear_backward"),
+    "patch_embed": ("patch_embed", "conv_backward"),
+    "conv_stem": ("conv_stem", "conv_backward"),
 }
 pytestmark = pytest.mark.usefixtures("nan_filled", "emulated")
 
@@ -43,7 +44,7 @@ def library() -> None:
         build = [sys.executable, "setup.py", "--quiet", "build_cuda_emulated"]
         built = subprocess.run(build, cwd=ROOT, capture_output=True, text=True)
         assert built.returncode == 0, built.stdout[-4000:]
-    for op in (name for ops in SERVED.values() for name in ops):
+    for op in (name for names in SERVED.values() for name in names):
         if not hasattr(torch.ops.hybridops_cuda, op):
             schema = str(getattr(torch.ops.hybridops, op).default._schema)
             torch.library.define(f"hybridops_cuda::{op}", schema.removeprefix(f"hybridops::{op}"))
@@ -56,11 +57,9 @@ def emulated(library, monkeypatch):
     if backend.ISA is None:
         pytest.skip("the door hands CPU tensors to a kernel only where there is a CPU library")
     override = torch.library.Library("hybridops", "IMPL")
-    for ops in SERVED.values():
-        for op in ops:
-            kernel = getattr(torch.ops.hybridops_cuda, op).default
-            override.impl(op, kernel, "CPU", allow_override=True)
-    override.impl("linear_backward", ON_GPU["linear_backward"], "CPU", allow_override=True)
+    for op in {name for names in SERVED.values() for name in names}:
+        kernel = getattr(torch.ops.hybridops_cuda, op).default
+        override.impl(op, kernel, "CPU", allow_override=True)
 
     def unpacked(weight, runs):  # nothing is packed on a GPU
         return weight.clone()
@@ -78,6 +77,16 @@ def work(case) -> int:
         return t["x"].numel() * case.K**2
     if case.op == "linear":
         return t["x"].numel() * case.N
+    if case.op == "patch_embed":
+        stride = case.stride or case.kernel[0]
+        return t["image"].numel() * case.kernel[0] * case.kernel[1] * case.C // stride**2
+    if case.op == "conv_stem":
+        products, cells, Ci = 0, case.B * case.H * case.W, case.Ci
+        for layer in case.layers:
+            cells //= layer.stride**2
+            products += cells * Ci * layer.K**2 * layer.Co
+            Ci = layer.Co
+        return products
     q, v = t.get("q", t.get("qkv")), t.get("v", t.get("qkv"))
     return q.numel() * (case.Nk or case.Nq) + v.numel() * case.Nq
 
@@ -106,6 +115,9 @@ LAYOUTS = [
     cases.Linear("matrix_act", M=(3, 7), N=16, K=48, activation="gelu"),
     cases.Peg("matrix", H=5, W=6, C=16, prefix=1),
     cases.Peg("matrix_stride", H=7, W=6, C=16, K=5, stride=2, residual=False),
+    cases.PatchEmbed("matrix", H=16, W=16, C=24, kernel=(8, 8), prefix=2, pos=6, norm="affine"),
+    cases.PatchEmbed("matrix_overlap", H=9, W=7, Ci=8, C=9, kernel=(3, 3), stride=2, padding=1),
+    cases.ConvStem("matrix", H=12, W=9, layers=(cases.Conv(16, activation="gelu"), cases.Conv(9))),
 ]
 
 
@@ -135,10 +147,17 @@ def test_heads_that_do_not_fit_shared_memory_match(case):
     check.outputs_and_gradients(case, torch.float32, "cpu")
 
 
-def test_the_larger_tile_matches():
-    case = cases.Linear("large", M=257, N=257, K=72, norm="affine", activation="gelu")
-    for dtype in DTYPES:
-        check.outputs_and_gradients(case, dtype, "cpu")
+LARGER_TILES = [
+    cases.Linear("large", M=257, N=257, K=72, norm="affine", activation="gelu"),
+    cases.PatchEmbed("large", H=24, W=25, Ci=1, C=130, kernel=(2, 2), norm="affine", pos=144),
+    cases.PatchEmbed("large_norm", H=24, W=24, Ci=5, C=127, kernel=(2, 2), norm="no_bias", pos=144),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", LARGER_TILES, ids=str)
+def test_the_larger_tile_matches(case, dtype):
+    check.outputs_and_gradients(case, dtype, "cpu")
 
 
 def test_a_head_too_wide_is_refused_by_name():
@@ -151,3 +170,35 @@ def test_a_kernel_too_large_is_refused_by_name():
     x, weight = torch.zeros(1, 4, 8), torch.zeros(8, 1, 17, 17)
     with pytest.raises(RuntimeError, match="K up to 16, got 17"):
         torch.ops.hybridops_cuda.peg(x, weight, None, 2, 2, 0, 1, 8, True, 0, False)
+
+
+def test_nan_wins_in_the_pool():
+    image, weight = torch.randn(1, 1, 8, 8).bfloat16().float(), torch.ones(1, 1, 1, 1)
+    image[0, 0, 3, 3] = float("nan")
+    layers, pool = [ops.ConvLayer(weight)], ops.MaxPool(3, 2, 1)
+    found = ops.conv_stem(image, layers, pool=pool, layout="image")
+    expected = torch.nn.functional.max_pool2d(image, 3, 2, 1)
+    assert torch.equal(found.isnan(), expected.isnan())
+    assert torch.equal(found.nan_to_num(), expected.nan_to_num())
+
+
+PAIRS = [  # (image, layers): two layers in one launch, tiles that end inside and beyond the grids
+    ((2, 3, 37, 21), (cases.Conv(16, activation="hardswish"), cases.Conv(33))),
+    ((1, 4, 9, 20), (cases.Conv(32, 1, 1, 0), cases.Conv(7, 5, 1, (2, 0, 3, 1), "gelu"))),
+    ((1, 1, 18, 17), (cases.Conv(8, 4, 3, (0, 2, 1, 0), "relu"), cases.Conv(64, 4, 2, "same"))),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("shape", "pair"), PAIRS)
+def test_two_layers_in_one_launch_give_the_bits_of_two(shape, pair, dtype):
+    case = cases.ConvStem("pair", B=shape[0], Ci=shape[1], H=shape[2], W=shape[3], layers=pair)
+    t = case.make_inputs(dtype)
+    layers = [
+        ops.ConvLayer(t[f"weight{i}"], t[f"bias{i}"], layer.stride, layer.padding, layer.activation)
+        for i, layer in enumerate(pair)
+    ]
+    between = ops.conv_stem(t["image"], layers[:1], layout="image")
+    apart = ops.conv_stem(between, layers[1:])
+    same = check.same_bits(ops.conv_stem(t["image"], layers), apart)
+    assert same, "other bits in one launch"

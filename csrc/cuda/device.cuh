@@ -202,6 +202,11 @@ HYBRIDOPS_DEVICE T cast(float x) {
   return y;
 }
 
+template <class T>
+HYBRIDOPS_DEVICE T least(T a, T b) {
+  return a < b ? a : b;
+}
+
 // Bytes that SharedMemory::take<T>(count) uses.
 template <class T>
 constexpr int64_t shared_bytes(int64_t count) {

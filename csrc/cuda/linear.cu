@@ -1,23 +1,12 @@
 // hybridops_cuda::linear: activation(norm(x) w^T + bias) + residual; hybridops/ops/linear.py has
 // the meaning.
 //
-// A block takes kM rows of x and kN of w, 32 (fp32: 16) of the sum at a time, the next while it
-// multiplies the last; a warp has 32 rows by half the columns in registers. LayerNorm needs a look
-// at each row first: a kernel of its own, two numbers a row; the rows are normalised as they are
-// staged. There is no backward: two plain products, which cuBLAS does.
-#include "common.cuh"
-#include "tile.cuh"
+// One tiled product (product.cuh). LayerNorm needs a look at each row first: a kernel of its own,
+// two numbers a row; the rows are normalised as they are staged.
+#include "product.cuh"
 
 namespace hybridops::cuda {
 namespace {
-
-// (M, K) rows, `stride` apart; `whole`: 16 bytes at a time.
-template <class T>
-struct Rows {
-  Global<const T> data;
-  int64_t stride, stride_column;
-  bool whole;
-};
 
 template <class T>
 struct Norm {
@@ -33,126 +22,65 @@ __global__ void __launch_bounds__(256)
   const auto at = [&](int k) {
     return to_float(x.data.load(row * x.stride + k * x.stride_column));
   };
-  float sum = 0.0f, squares = 0.0f;
-  for (int k = lane_index(); k < K; k += kWarp) sum += at(k);
-  const float mean = sum_over<kWarp>(sum) / K;
-  for (int k = lane_index(); k < K; k += kWarp) squares += (at(k) - mean) * (at(k) - mean);
-  const float variance = sum_over<kWarp>(squares) / K;
-  if (lane_index() == 0)
-    statistics.store(2 * row, Vec<float, 2>{{mean, 1 / sqrtf(variance + eps)}});
+  const Vec<float, 2> found = moments(at, K, eps);
+  if (lane_index() == 0) statistics.store(2 * row, found);
 }
 
 template <class T, int kSide>  // kM = kN = kSide
-__global__ void __launch_bounds__(kSide * 2)
+__global__ void __launch_bounds__(Product<T, kSide, kSide>::kThreads,
+                                  Product<T, kSide, kSide>::kBlocks)
     linear_kernel(Rows<T> x, Rows<T> w, Global<const T> bias, Norm<T> norm, Rows<T> residual,
                   Global<T> y, int64_t M, int N, int K, int activation) {
-  constexpr int kK = 64 / sizeof(T), ld = kK + kSkew<T>, kColumns = kSide / 2;
-  const int thread = thread_index(), warp = thread / kWarp, lane = lane_index();
-  SharedMemory memory;
-  const Shared<T> xs = memory.take<T>(2 * kSide * ld), ws = memory.take<T>(2 * kSide * ld);
+  using Tile = Product<T, kSide, kSide>;
+  constexpr int kSum = Tile::kSum, ld = Tile::kLeftLd;
   const int across = (N + kSide - 1) / kSide;
   const int64_t row0 = block_index() / across * kSide;
   const int column0 = (int)(block_index() % across) * kSide;
-  const int rows = M - row0 < kSide ? (int)(M - row0) : kSide;
+  const int rows = (int)least<int64_t>(M - row0, kSide);
 
-  const auto stage_step = [&](int step) {
-    const int k0 = step * kK, half = step % 2 * kSide * ld;
-    stage(ws + half, ld, w.data + (column0 * w.stride + k0 * w.stride_column), w.stride,
-          w.stride_column, N - column0, K - k0, kSide, kK, w.whole, thread, thread_count());
+  const auto left = [&](Shared<T> to, int step) {
+    const int k0 = step * kSum;
     const Global<const T> from = x.data + (row0 * x.stride + k0 * x.stride_column);
     if (!norm.statistics) {
-      stage(xs + half, ld, from, x.stride, x.stride_column, rows, K - k0, kSide, kK, x.whole,
-            thread, thread_count());
-    } else {
-      for (int i = thread; i < kSide * kK; i += thread_count()) {
-        const int row = i / kK, k = i % kK;
-        float value = 0.0f;
-        if (row < rows && k0 + k < K) {
-          const auto s = norm.statistics.template load<Vec<float, 2>>(2 * (row0 + row));
-          value = (to_float(from.load(row * x.stride + k * x.stride_column)) - s.v[0]) * s.v[1];
-          value = fmaf(value, to_float(norm.weight.load(k0 + k)),
-                       norm.bias ? to_float(norm.bias.load(k0 + k)) : 0.0f);
-        }
-        xs.store(half + row * ld + k, cast<T>(value));
-      }
+      stage(to, ld, from, x.stride, x.stride_column, rows, K - k0, kSide, kSum, x.whole,
+            thread_index(), thread_count());
+      return;
     }
-    copy_commit();
+    for (int i = thread_index(); i < kSide * kSum; i += thread_count()) {
+      const int row = i / kSum, k = i % kSum;
+      float value = 0.0f;
+      if (row < rows && k0 + k < K) {
+        const auto s = norm.statistics.template load<Vec<float, 2>>(2 * (row0 + row));
+        value = (to_float(from.load(row * x.stride + k * x.stride_column)) - s.v[0]) * s.v[1];
+        value = fmaf(value, to_float(norm.weight.load(k0 + k)),
+                     norm.bias ? to_float(norm.bias.load(k0 + k)) : 0.0f);
+      }
+      to.store(row * ld + k, cast<T>(value));
+    }
   };
+  const auto right = [&](Shared<T> to, int step) {
+    const int k0 = step * kSum;
+    stage(to, ld, w.data + (column0 * w.stride + k0 * w.stride_column), w.stride, w.stride_column,
+          N - column0, K - k0, kSide, kSum, w.whole, thread_index(), thread_count());
+  };
+  SharedMemory memory;
+  Tile tile;
+  tile.run(memory, (K + kSum - 1) / kSum, left, right);
 
-  const int warp_row = warp / 2 * 32, warp_column = warp % 2 * kColumns;
-  float sums[2][kColumns / 8][4] = {};
-  const int steps = (K + kK - 1) / kK;
-  if (steps > 0) stage_step(0);
-  for (int step = 0; step < steps; ++step) {
-    if (step + 1 < steps) {
-      stage_step(step + 1);
-      copy_wait<1>();
-    } else {
-      copy_wait<0>();
-    }
-    block_barrier();
-    const int half = step % 2 * kSide * ld;
-#pragma unroll
-    for (int k = 0; k < kK; k += 16) {
-      Left<T> a[2];
-#pragma unroll
-      for (int m = 0; m < 2; ++m) load(a[m], xs + (half + (warp_row + 16 * m) * ld + k), ld);
-#pragma unroll
-      for (int n = 0; n < kColumns / 16; ++n) {
-        Right<T> b;
-        load(b, ws + (half + (warp_column + 16 * n) * ld + k), ld);
-#pragma unroll
-        for (int m = 0; m < 2; ++m) multiply(sums[m][2 * n], sums[m][2 * n + 1], a[m], b);
-      }
-    }
-    block_barrier();
-  }
-
-#pragma unroll
-  for (int m = 0; m < 2; ++m)
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const int row = warp_row + 16 * m + 8 * r + lane / 4;
-      if (row >= rows) continue;
-#pragma unroll
-      for (int n = 0; n < kColumns / 8; ++n) {
-        const int column = column0 + warp_column + 8 * n + lane % 4 * 2;
-        float value[2];
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          const int c = column + e;
-          value[e] = sums[m][n][2 * r + e];
-          if (c >= N) continue;
-          if (bias) value[e] += to_float(bias.load(c));
-          value[e] = activate(value[e], activation);
-          if (residual.data)
-            value[e] += to_float(
-                residual.data.load((row0 + row) * residual.stride + c * residual.stride_column));
-        }
-        store_pair(y, (row0 + row) * N, column, N, value[0], value[1]);
-      }
-    }
-}
-
-// x (..., n) as rows a constant stride apart; copied where its strides do not allow that.
-template <class T>
-Rows<T> rows_of(Tensor& x) {
-  const int64_t dim = x.dim(), n = x.size(dim - 1);
-  int64_t stride = n, expected = -1;
-  bool fits = true;
-  for (int64_t d = dim - 1; d-- > 0;) {
-    if (x.size(d) == 1) continue;
-    if (expected < 0) stride = x.stride(d);
-    fits &= expected < 0 || x.stride(d) == expected;
-    expected = x.stride(d) * x.size(d);
-  }
-  if (!fits) {
-    x = torch::stable::contiguous(x);
-    stride = n;
-  }
-  const int64_t across = n == 1 ? 1 : x.stride(dim - 1), group = 16 / sizeof(T);
-  const bool whole = across == 1 && n % group == 0 && stride % group == 0 && is_aligned(x, 16);
-  return {memory_of<const T>(x), stride, across, whole};
+  tile.each([&](int row, int column, float& first, float& second) {
+    if (row >= rows) return;
+    const auto finish = [&](float value, int c) {
+      if (c >= N) return value;
+      if (bias) value += to_float(bias.load(c));
+      value = activate(value, activation);
+      if (residual.data)
+        value += to_float(
+            residual.data.load((row0 + row) * residual.stride + c * residual.stride_column));
+      return value;
+    };
+    const int c = column0 + column;
+    store_pair(y, (row0 + row) * N, c, N, finish(first, c), finish(second, c + 1));
+  });
 }
 
 Tensor linear(Tensor x, Tensor weight, std::optional<Tensor> bias, std::optional<Tensor>,
@@ -202,17 +130,18 @@ Tensor linear(Tensor x, Tensor weight, std::optional<Tensor> bias, std::optional
               memory_of<const T>(norm_bias)};
     }
     const Rows<T> added = residual.has_value() ? rows_of<T>(*residual) : Rows<T>{};
-    const auto run = [&](auto kernel, int64_t side) {
-      const int64_t columns = 64 / (int64_t)sizeof(T) + kSkew<T>;
-      device.launch(kernel, divide_up(M, side) * divide_up(N, side), (int)side * 2,
-                    2 * shared_bytes<T>(2 * side * columns), from, by, memory_of<const T>(bias),
-                    norm, added, memory_of<T>(y), M, (int)N, (int)K, (int)activation);
+    const auto run = [&](auto of_side) {
+      constexpr int kSide = of_side.value;
+      device.launch(linear_kernel<T, kSide>, divide_up(M, kSide) * divide_up(N, kSide),
+                    Product<T, kSide, kSide>::kThreads, Product<T, kSide, kSide>::bytes(), from, by,
+                    memory_of<const T>(bias), norm, added, memory_of<T>(y), M, (int)N, (int)K,
+                    (int)activation);
     };
     // the larger tile reads less, once there are enough of them for the machine
     if (divide_up(M, 128) * divide_up(N, 128) >= device.processors())
-      run(linear_kernel<T, 128>, 128);
+      run(std::integral_constant<int, 128>{});
     else
-      run(linear_kernel<T, 64>, 64);
+      run(std::integral_constant<int, 64>{});
   });
   return y;
 }

@@ -82,6 +82,19 @@ HYBRIDOPS_DEVICE void load_transposed(Right<T>& b, Shared<T> tile, int ld) {
   }
 }
 
+// The same for the left operand: columns of the tile are rows of the product.
+template <class T>
+HYBRIDOPS_DEVICE void load_transposed(Left<T>& a, Shared<T> tile, int ld) {
+  const int lane = lane_index();
+  if constexpr (sizeof(T) == 2) {
+    load_matrices<true>(a.r, tile + ((lane % 8 + lane / 16 * 8) * ld + lane / 8 % 2 * 8));
+  } else {
+#pragma unroll
+    for (int i = 0; i < 8; ++i)  // step i / 4, number i / 2 % 2 of a pair, rows g + 8 (i % 2)
+      a.r[i] = tile.load((i / 4 * 8 + lane % 4 * 2 + i / 2 % 2) * ld + i % 2 * 8 + lane / 4);
+  }
+}
+
 // A product's two halves (columns 0-7 and 8-15) as the left operand of the next.
 template <class T>
 HYBRIDOPS_DEVICE void to_left(Left<T>& a, const float (&c0)[4], const float (&c1)[4]) {

@@ -56,9 +56,7 @@ def on_gpu(name: str, kernel: str, key: Callable[..., tuple[Tensor, float]]) -> 
     `kernel` is the Triton one, "file.function" in hybridops.kernels, imported by the first call.
     key(*args) gives a tensor that speaks for the call, and the size that `backend.GPU` compares.
     """
-    twin = getattr(torch.ops.hybridops_cuda, name).default
-    if torch._C._dispatch_has_kernel_for_dispatch_key(f"hybridops_cuda::{name}", "CUDA"):
-        backend.CUDA_OPS.add(name)
+    twin = _cuda_twin(name)
     module, function = kernel.split(".")
 
     def serve(*args):
@@ -74,10 +72,24 @@ def on_gpu(name: str, kernel: str, key: Callable[..., tuple[Tensor, float]]) -> 
     ON_GPU[name] = serve
 
 
+def _cuda_twin(name: str) -> Callable:
+    """hybridops_cuda::name, entered in backend.CUDA_OPS where the CUDA library has it."""
+    if torch._C._dispatch_has_kernel_for_dispatch_key(f"hybridops_cuda::{name}", "CUDA"):
+        backend.CUDA_OPS.add(name)
+    return getattr(torch.ops.hybridops_cuda, name).default
+
+
 def on_gpu_by_torch(name: str, function: Callable, counted: str) -> None:
-    """torch's own product serves hybridops::name on a GPU, on purpose; `counted` names it."""
+    """torch's own product serves hybridops::name on a GPU, on purpose; `counted` names it.
+
+    The CUDA library's own serves inside `use("cuda")`, where it has one.
+    """
+    twin = _cuda_twin(name)
 
     def serve(*args):
+        if backend.cuda_forced() and name in backend.CUDA_OPS:
+            backend.served[name, "cuda"] += 1
+            return twin(*args)
         backend.served[name, counted] += 1
         return function(*args)
 
