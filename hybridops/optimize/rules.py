@@ -66,6 +66,12 @@ RULES: dict[str, str | type[Fast]] = {
     "timm.models.twins:LocallyGroupedAttn": f"{_HERE}.timm_twins:FastLocallyGroupedAttn",
     "timm.models.twins:GlobalSubSampleAttn": f"{_HERE}.timm_twins:FastGlobalSubSampleAttn",
 }
+# Known classes that no kernel can serve: the reason that the report gives in place of a rule.
+UNSERVED: dict[str, str] = {
+    "transformers.models.mobilevitv2.modeling_mobilevitv2:MobileViTV2LinearSelfAttention": (
+        "linear attention: one softmax over the tokens weighs a sum, no scores of pairs"
+    ),
+}
 _plugins_loaded = False
 
 
@@ -107,11 +113,13 @@ def _original(cls: type[nn.Module]) -> type[nn.Module]:
 
 
 def find(module: nn.Module) -> tuple[type[Fast] | None, str | None]:
-    """(rule, None), (None, why not), or (None, None) where no rule names this class or a base."""
+    """(rule, None), (None, why not), or (None, None) where nothing names this class or a base."""
     cls = _original(type(module))
     rule = RULES.get(dotted(cls))
     if rule is not None:
         return _load(rule), None
+    if dotted(cls) in UNSERVED:
+        return None, UNSERVED[dotted(cls)]
     base = next((b for b in cls.__mro__ if dotted(b) in RULES), None)
     if base is None:
         return None, None
