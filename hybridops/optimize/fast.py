@@ -131,7 +131,7 @@ class Fast:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if len(cls.__bases__) == 2:
+        if len(cls.__bases__) == 2 and "replaces" not in vars(cls):
             cls.replaces = cls.__bases__[1]
 
     @classmethod

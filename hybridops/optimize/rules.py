@@ -18,6 +18,7 @@ from .fast import Fast, dotted
 
 _HERE = "hybridops.optimize"
 _DETR = "transformers.models.detr.modeling_detr:Detr"
+_TORCH = f"{_HERE}.torch_transformer"
 RULES: dict[str, str | type[Fast]] = {
     "hybridops.models.levit:Levit": f"{_HERE}.ours:FastLevit",
     "hybridops.models.cpvt:Cpvt": f"{_HERE}.ours:FastCpvt",
@@ -65,6 +66,9 @@ RULES: dict[str, str | type[Fast]] = {
     "timm.models.twins:PosConv": f"{_HERE}.timm_twins:FastPosConv",
     "timm.models.twins:LocallyGroupedAttn": f"{_HERE}.timm_twins:FastLocallyGroupedAttn",
     "timm.models.twins:GlobalSubSampleAttn": f"{_HERE}.timm_twins:FastGlobalSubSampleAttn",
+    "torch.nn.modules.activation:MultiheadAttention": f"{_TORCH}:FastMultiheadAttention",
+    "torch.nn.modules.transformer:TransformerEncoderLayer": f"{_TORCH}:FastEncoderLayer",
+    "torch.nn.modules.transformer:TransformerDecoderLayer": f"{_TORCH}:FastDecoderLayer",
 }
 # Known classes that no kernel can serve: the reason that the report gives in place of a rule.
 UNSERVED: dict[str, str] = {
@@ -121,7 +125,7 @@ def find(module: nn.Module) -> tuple[type[Fast] | None, str | None]:
     if dotted(cls) in UNSERVED:
         return None, UNSERVED[dotted(cls)]
     base = next((b for b in cls.__mro__ if dotted(b) in RULES), None)
-    if base is None:
+    if base is None or cls.__module__.startswith("hybridops.nn."):
         return None, None
     return None, f"a subclass of {dotted(base)}, whose rule serves that class only"
 
