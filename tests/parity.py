@@ -46,7 +46,7 @@ def parity(model: nn.Module, *args: Any, gradients: bool = True, check: bool = T
             result = verify(model, args)
             assert result.ok, result
         if "mode" in options:
-            _gradients(model, plain, args)
+            _gradients(copy.deepcopy(model), copy.deepcopy(plain), args)
         restore(model.train().eval())
         assert look(model) == (classes, attributes)
         for ours, torchs in zip(run(model, args), before, strict=True):

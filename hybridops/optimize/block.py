@@ -1,4 +1,4 @@
-"""A pre-norm transformer block in two dispatches: what timm's Block and ours have in common."""
+"""A pre-norm transformer block in two dispatches: what all of its rules have in common."""
 
 from __future__ import annotations
 
@@ -34,21 +34,37 @@ def run_block(
 ) -> Tensor:
     """x + attn(norm1(x)), then x + mlp(norm2(x))"""
     qkv, proj, fc1, fc2 = weights
-    attn = block.attn
+    attn, norms = block.attn, (norm_of(block.norm1), norm_of(block.norm2))
     if type(attn.q_norm) is nn.Identity:
-        x = attention_layer(
-            x,
-            qkv,
-            proj,
-            heads=attn.num_heads,
-            key_dim=attn.head_dim,
-            scale=scale,
-            norm=norm_of(block.norm1),
-            residual=True,
-        )
-    else:
-        packed = linear(x, qkv.weight, qkv.bias, norm=norm_of(block.norm1), packed=qkv.packed)
-        q, k, v = packed.unflatten(2, (3, attn.num_heads, attn.head_dim)).unbind(2)
-        out = attention(attn.q_norm(q), attn.k_norm(k), v, scale=scale).flatten(2)
-        x = linear(out, proj.weight, proj.bias, residual=x, packed=proj.packed)
-    return mlp_layer(x, fc1, fc2, norm=norm_of(block.norm2), activation=activation, residual=True)
+        return fused_block(x, weights, norms, attn.num_heads, attn.head_dim, activation, scale)
+    packed = linear(x, qkv.weight, qkv.bias, norm=norms[0], packed=qkv.packed)
+    q, k, v = packed.unflatten(2, (3, attn.num_heads, attn.head_dim)).unbind(2)
+    out = attention(attn.q_norm(q), attn.k_norm(k), v, scale=scale).flatten(2)
+    x = linear(out, proj.weight, proj.bias, residual=x, packed=proj.packed)
+    return mlp_layer(x, fc1, fc2, norm=norms[1], activation=activation, residual=True)
+
+
+def fused_block(
+    x: Tensor,
+    weights: BlockWeights,
+    norms: tuple[Any, Any],
+    heads: int,
+    key_dim: int,
+    activation: str,
+    scale: float | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """The block in two dispatches; norms as norm_of gives them, bias is added to the scores."""
+    x = attention_layer(
+        x,
+        weights.qkv,
+        weights.proj,
+        heads=heads,
+        key_dim=key_dim,
+        scale=scale,
+        norm=norms[0],
+        bias=bias,
+        residual=True,
+    )
+    fc1, fc2 = weights.fc1, weights.fc2
+    return mlp_layer(x, fc1, fc2, norm=norms[1], activation=activation, residual=True)

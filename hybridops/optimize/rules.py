@@ -19,6 +19,9 @@ from .fast import Fast, dotted
 _HERE = "hybridops.optimize"
 _DETR = "transformers.models.detr.modeling_detr:Detr"
 _TORCH = f"{_HERE}.torch_transformer"
+_SWIN = "torchvision.models.swin_transformer"
+_MAXVIT = "torchvision.models.maxvit"
+_VISION = f"{_HERE}.torchvision"
 RULES: dict[str, str | type[Fast]] = {
     "hybridops.models.levit:Levit": f"{_HERE}.ours:FastLevit",
     "hybridops.models.cpvt:Cpvt": f"{_HERE}.ours:FastCpvt",
@@ -69,6 +72,17 @@ RULES: dict[str, str | type[Fast]] = {
     "torch.nn.modules.activation:MultiheadAttention": f"{_TORCH}:FastMultiheadAttention",
     "torch.nn.modules.transformer:TransformerEncoderLayer": f"{_TORCH}:FastEncoderLayer",
     "torch.nn.modules.transformer:TransformerDecoderLayer": f"{_TORCH}:FastDecoderLayer",
+    "torchvision.ops.misc:MLP": f"{_VISION}_vit:FastMLP",
+    "torchvision.models.vision_transformer:MLPBlock": f"{_VISION}_vit:FastMLPBlock",
+    "torchvision.models.vision_transformer:EncoderBlock": f"{_VISION}_vit:FastEncoderBlock",
+    "torchvision.models.vision_transformer:VisionTransformer": f"{_VISION}_vit:FastTransformer",
+    f"{_SWIN}:ShiftedWindowAttention": f"{_VISION}_swin:FastAttention",
+    f"{_SWIN}:ShiftedWindowAttentionV2": f"{_VISION}_swin:FastAttentionV2",
+    f"{_SWIN}:SwinTransformerBlock": f"{_VISION}_swin:FastBlock",
+    f"{_SWIN}:PatchMerging": f"{_VISION}_swin:FastPatchMerging",
+    f"{_SWIN}:PatchMergingV2": f"{_VISION}_swin:FastPatchMergingV2",
+    f"{_MAXVIT}:RelativePositionalMultiHeadAttention": f"{_VISION}_maxvit:FastAttention",
+    f"{_MAXVIT}:PartitionAttentionLayer": f"{_VISION}_maxvit:FastPartition",
 }
 # Known classes that no kernel can serve: the reason that the report gives in place of a rule.
 UNSERVED: dict[str, str] = {
