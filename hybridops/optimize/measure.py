@@ -202,4 +202,6 @@ def _own_tensors(module: Any) -> Iterator[tuple[str, Tensor]]:
                 *part.named_parameters(recurse=False),
                 *part.named_buffers(recurse=False),
             ]:
-                yield f"{prefix}.{name}".lstrip("."), tensor
+                fqn = f"{prefix}.{name}".lstrip(".")
+                if not fqn.endswith(type(module).invisible):
+                    yield fqn, tensor

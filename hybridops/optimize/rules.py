@@ -22,6 +22,20 @@ _TORCH = f"{_HERE}.torch_transformer"
 _SWIN = "torchvision.models.swin_transformer"
 _MAXVIT = "torchvision.models.maxvit"
 _VISION = f"{_HERE}.torchvision"
+
+
+def _family(model: str, prefix: str, **names: str) -> dict[str, str]:
+    """transformers' classes of one model: the class's name behind its prefix, by the rule's."""
+    path = f"transformers.models.{model}.modeling_{model}:{prefix}"
+    return {path + cls: f"{_HERE}.transformers_{model}:{rule}" for rule, cls in names.items()}
+
+
+_VIT = {
+    "FastAttention": "Attention",
+    "FastMLP": "MLP",
+    "FastPatchEmbeddings": "PatchEmbeddings",
+    "FastLayer": "Layer",
+}
 RULES: dict[str, str | type[Fast]] = {
     "hybridops.models.levit:Levit": f"{_HERE}.ours:FastLevit",
     "hybridops.models.cpvt:Cpvt": f"{_HERE}.ours:FastCpvt",
@@ -83,6 +97,20 @@ RULES: dict[str, str | type[Fast]] = {
     f"{_SWIN}:PatchMergingV2": f"{_VISION}_swin:FastPatchMergingV2",
     f"{_MAXVIT}:RelativePositionalMultiHeadAttention": f"{_VISION}_maxvit:FastAttention",
     f"{_MAXVIT}:PartitionAttentionLayer": f"{_VISION}_maxvit:FastPartition",
+    **_family("vit", "ViT", **_VIT),
+    **_family("deit", "DeiT", **_VIT),
+    **_family("beit", "Beit", **_VIT),
+    **_family("dinov2", "Dinov2", **_VIT),
+    **_family(
+        "dpt",
+        "DPT",
+        FastSelfAttention="SelfAttention",
+        FastSelfOutput="ViTSelfOutput",
+        FastIntermediate="ViTIntermediate",
+        FastOutput="ViTOutput",
+        FastPatchEmbeddings="ViTPatchEmbeddings",
+        FastLayer="ViTLayer",
+    ),
 }
 # Known classes that no kernel can serve: the reason that the report gives in place of a rule.
 UNSERVED: dict[str, str] = {
