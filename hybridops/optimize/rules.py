@@ -111,6 +111,17 @@ RULES: dict[str, str | type[Fast]] = {
         FastPatchEmbeddings="ViTPatchEmbeddings",
         FastLayer="ViTLayer",
     ),
+    **_family(
+        "levit",
+        "",
+        FastLinearNorm="MLPLayerWithBN",
+        FastHead="LevitClassificationLayer",
+        FastMlp="LevitMLPLayer",
+        FastAttention="LevitAttention",
+        FastAttentionSubsample="LevitAttentionSubsample",
+        FastResidual="LevitResidualLayer",
+        FastPatchEmbeddings="LevitPatchEmbeddings",
+    ),
 }
 # Known classes that no kernel can serve: the reason that the report gives in place of a rule.
 UNSERVED: dict[str, str] = {
