@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import nn
 
+from . import shapes
 from .fast import Fast, dotted
 
 _HERE = "hybridops.optimize"
@@ -177,6 +178,9 @@ def find(module: nn.Module) -> tuple[type[Fast] | None, str | None]:
         return _load(rule), None
     if dotted(cls) in UNSERVED:
         return None, UNSERVED[dotted(cls)]
+    rule, reason = shapes.match(module)
+    if rule is not None or reason is not None:
+        return rule, reason
     base = next((b for b in cls.__mro__ if dotted(b) in RULES), None)
     if base is None or cls.__module__.startswith("hybridops.nn."):
         return None, None
