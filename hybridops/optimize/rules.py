@@ -123,11 +123,49 @@ RULES: dict[str, str | type[Fast]] = {
         FastResidual="LevitResidualLayer",
         FastPatchEmbeddings="LevitPatchEmbeddings",
     ),
+    **_family(
+        "mobilevit",
+        "MobileViT",
+        FastSelfAttention="SelfAttention",
+        FastSelfOutput="SelfOutput",
+        FastIntermediate="Intermediate",
+        FastOutput="Output",
+        FastLayer="TransformerLayer",
+        FastConvLayer="ConvLayer",
+    ),
+    **_family(
+        "pvt",
+        "Pvt",
+        FastAttention="EfficientSelfAttention",
+        FastSelfOutput="SelfOutput",
+        FastMLP="FFN",
+        FastPatchEmbeddings="PatchEmbeddings",
+    ),
+    **_family(
+        "pvt_v2",
+        "PvtV2",
+        FastAttention="SelfAttention",
+        FastMLP="ConvFeedForwardNetwork",
+        FastPatchEmbeddings="OverlapPatchEmbeddings",
+    ),
+    **_family(
+        "segformer",
+        "Segformer",
+        FastAttention="Attention",
+        FastMLP="MixMLP",
+        FastPatchEmbeddings="OverlapPatchEmbeddings",
+    ),
 }
 # Known classes that no kernel can serve: the reason that the report gives in place of a rule.
 UNSERVED: dict[str, str] = {
     "transformers.models.mobilevitv2.modeling_mobilevitv2:MobileViTV2LinearSelfAttention": (
         "linear attention: one softmax over the tokens weighs a sum, no scores of pairs"
+    ),
+    "transformers.models.swiftformer.modeling_swiftformer:SwiftFormerEfficientAdditiveAttention": (
+        "additive attention: one weighted sum of the queries, no scores of pairs"
+    ),
+    "transformers.models.poolformer.modeling_poolformer:PoolFormerPooling": (
+        "pooling in place of attention"
     ),
 }
 _plugins_loaded = False

@@ -162,16 +162,16 @@ class Perceptron(Fast):
 class Dense(Fast):
     """The older perceptron's first half: activation(dense(x))."""
 
-    activation: ClassVar[str] = "intermediate_act_fn"
+    behind: ClassVar[str] = "intermediate_act_fn"  # the activation's name
 
     @classmethod
     def unserved(cls, module, mode):
         reason = not_plain_linear("dense", module.dense)
-        return reason or not_activation(cls.activation, getattr(module, cls.activation))
+        return reason or not_activation(cls.behind, getattr(module, cls.behind))
 
     @classmethod
     def facts(cls, module):
-        return activation_name(getattr(module, cls.activation))
+        return activation_name(getattr(module, cls.behind))
 
     def forward(self, hidden_states):
         plan = self._hybridops_plan
