@@ -124,6 +124,16 @@ RULES: dict[str, str | type[Fast]] = {
         FastPatchEmbeddings="LevitPatchEmbeddings",
     ),
     **_family(
+        "cvt",
+        "Cvt",
+        FastAttention="SelfAttention",
+        FastSelfOutput="SelfOutput",
+        FastIntermediate="Intermediate",
+        FastOutput="Output",
+        FastEmbeddings="ConvEmbeddings",
+        FastLayer="Layer",
+    ),
+    **_family(
         "mobilevit",
         "MobileViT",
         FastSelfAttention="SelfAttention",
