@@ -611,7 +611,7 @@ def test_explain_transformers():
     pytest.importorskip("transformers")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        assert explain("transformers:vit", num_hidden_layers=1).replaced == 0
+        assert explain("transformers:vit", num_hidden_layers=1).replaced == 4
         with pytest.raises(ValueError, match="nothing is downloaded"):
             explain("transformers:nobody/nothing")
 

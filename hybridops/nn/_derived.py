@@ -171,12 +171,23 @@ def normed_linear_weights(owner: nn.Module, name: str, norm: Any, linear: Any) -
 
 
 def weight_rows(
-    owner: nn.Module, name: str, weight: Tensor, bias: Tensor | None, start: int, stop: int
+    owner: nn.Module,
+    name: str,
+    weight: Tensor,
+    bias: Tensor | None,
+    start: int,
+    stop: int,
+    bias_start: int | None = None,
 ) -> Weights:
-    """Output features start ... stop of a linear layer (queries alone out of a packed qkv, say)."""
+    """Output features start ... stop of a linear layer (queries alone out of a packed qkv, say).
+
+    bias_start: where their biases begin, if not at `start`.
+    """
+    first = start if bias_start is None else bias_start
 
     def rows():
-        return weight[start:stop], None if bias is None else bias[start:stop]
+        part = None if bias is None else bias[first : first + stop - start]
+        return weight[start:stop], part
 
     return _weights(owner, name, (weight, bias), rows, pack_linear)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import backend, ops
-from ._derived import Weights, weight_rows
+from ._derived import weight_rows
 from ._fusion import LINEARS, fused_linear, is_ours, is_plain
 from .attention import torch_attention
 
@@ -53,34 +53,45 @@ class MultiheadAttention(nn.MultiheadAttention):
                 average_attn_weights,
                 is_causal,
             )
+        dropout = self.dropout if self.training else 0.0
+        if not need_weights and not dropout:
+            return self._fused(query, key, value, key_padding_mask, attn_mask), None
+        q, k, v, bias, padding = self._heads(query, key, value, key_padding_mask, attn_mask)
+        weights = None
+        if need_weights:
+            out, weights = _explicit(q, k, v, bias, padding, dropout)
+            weights = weights.mean(1) if average_attn_weights else weights
+            weights = weights[0] if query.ndim == 2 else weights
+        else:
+            bias = _add(bias, padding, q)
+            out = torch_attention(q, k, v, bias, dropout, False, self.head_dim**-0.5)
+        return fused_linear(self, "out_proj", self._tokens(out, query)), weights
+
+    def _fused(self, query, key, value, key_padding_mask=None, attn_mask=None, residual=None):
+        """residual + the output, in query's layout, by our ops alone: no weights, no dropout."""
+        q, k, v, bias, padding = self._heads(query, key, value, key_padding_mask, attn_mask)
+        out = ops.attention(q, k, v, bias=bias, key_padding_mask=padding)
+        return fused_linear(self, "out_proj", self._tokens(out, query), residual=residual)
+
+    def _heads(self, query, key, value, key_padding_mask, attn_mask):
+        """q, k, v (B, N, heads, D), the additive mask and the padding."""
         _check(query, key, value, self)
-        alone = query.ndim == 2
         q, k, v = self._project(query, key, value)
-        if alone:
+        if query.ndim == 2:
             q, k, v = q[None], k[None], v[None]
             if key_padding_mask is not None:
                 key_padding_mask = key_padding_mask[None]
         elif not self.batch_first:
             q, k, v = q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1)
-        heads = (self.num_heads, self.head_dim)
-        q, k, v = q.unflatten(2, heads), k.unflatten(2, heads), v.unflatten(2, heads)
-        bias, padding = _masks(attn_mask, key_padding_mask, q, k)
-        dropout = self.dropout if self.training else 0.0
-        weights = None
-        if need_weights:
-            out, weights = _explicit(q, k, v, bias, padding, dropout)
-            weights = weights.mean(1) if average_attn_weights else weights
-        elif dropout:
-            bias = _add(bias, padding, q)
-            out = torch_attention(q, k, v, bias, dropout, False, self.head_dim**-0.5)
-        else:
-            out = ops.attention(q, k, v, bias=bias, key_padding_mask=padding)
+        q, k, v = (x.unflatten(2, (self.num_heads, self.head_dim)) for x in (q, k, v))
+        return q, k, v, *_masks(attn_mask, key_padding_mask, q, k)
+
+    def _tokens(self, out, query):
+        """out (B, L, heads, D) as tokens in query's layout."""
         out = out.flatten(2)
-        if alone:
-            out, weights = out[0], None if weights is None else weights[0]
-        elif not self.batch_first:
-            out = out.transpose(0, 1)
-        return fused_linear(self, "out_proj", out), weights
+        if query.ndim == 2:
+            return out[0]
+        return out if self.batch_first else out.transpose(0, 1)
 
     def _torch_only(self, query, bare_causal):
         if self.bias_k is not None or self.bias_v is not None:
@@ -100,7 +111,10 @@ class MultiheadAttention(nn.MultiheadAttention):
         if packed is None:
             layers = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
             inputs = zip("qkv", layers, (query, key, value), range(3), strict=True)
-            return [_linear(x, self._rows(name, weight, bias, i)) for name, weight, x, i in inputs]
+            return [
+                _linear(x, weight_rows(self, name, weight, bias, 0, E, bias_start=i * E))
+                for name, weight, x, i in inputs
+            ]
         if query is key and key is value:
             qkv = _linear(query, weight_rows(self, "qkv", packed, bias, 0, 3 * E))
             return qkv.split(E, dim=-1)
@@ -114,11 +128,6 @@ class MultiheadAttention(nn.MultiheadAttention):
             return q, *kv.split(E, dim=-1)
         k = _linear(key, weight_rows(self, "k", packed, bias, E, 2 * E))
         return q, k, _linear(value, weight_rows(self, "v", packed, bias, 2 * E, 3 * E))
-
-    def _rows(self, name, weight, bias, i) -> Weights:
-        E = self.embed_dim
-        part = None if bias is None else bias[i * E : (i + 1) * E]
-        return weight_rows(self, name, weight, part, 0, E)
 
 
 def attend(
@@ -189,12 +198,14 @@ def _masks(attn_mask, key_padding_mask, q, k):
         )
     if key_padding_mask.dtype == torch.bool:
         return bias, key_padding_mask
-    extra = key_padding_mask.to(q.dtype)[:, None, None]
+    extra = _additive(key_padding_mask, q)[:, None, None]
     return extra if bias is None else bias + extra, None
 
 
 def _additive(mask, like):
     if mask.dtype != torch.bool:
+        if not mask.is_floating_point():
+            raise TypeError(f"MultiheadAttention: a mask must be bool or float, got {mask.dtype}")
         return mask.to(like.dtype)
     return torch.zeros_like(mask, dtype=like.dtype).masked_fill_(mask, -math.inf)
 

@@ -31,6 +31,7 @@ _NESTED = {
     "timm.layers.conv_bn_act:ConvNormAct",
     "timm.models.resnetv2:DownsampleConv",
     "timm.models.resnetv2:DownsampleAvg",
+    "torchvision.ops.misc:Conv2dNormActivation",
 }
 _CALLED = {
     "torch.nn.modules.pooling:MaxPool2d",

@@ -34,6 +34,10 @@ _ACTIVATIONS = {
     "timm.layers.activations:GELUTanh": "gelu_tanh",
     "timm.layers.activations:HardSwish": "hardswish",
     "timm.layers.activations:Swish": "silu",
+    "transformers.activations:GELUActivation": "gelu",
+    "transformers.activations:GELUTanh": "gelu_tanh",
+    "transformers.activations:NewGELUActivation": "gelu_tanh",
+    "transformers.activations:SiLUActivation": "silu",
 }
 
 
@@ -129,10 +133,11 @@ class Fast:
     overrides: ClassVar[str] = "forward"  # the method it overrides: verify() compares its results
     channels_last: ClassVar[bool] = False  # runs oneDNN's channels_last convolutions: see verify()
     implied: ClassVar[bool] = False  # report() says nothing of it where it does not apply
+    invisible: ClassVar[tuple[str, ...]] = ()  # ends of names: tensors that change no result
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if len(cls.__bases__) == 2:
+        if len(cls.__bases__) == 2 and "replaces" not in vars(cls):
             cls.replaces = cls.__bases__[1]
 
     @classmethod

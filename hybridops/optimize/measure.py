@@ -128,9 +128,13 @@ def capture(model: nn.Module, args: tuple[Any, ...], layers: dict[str, Any]) -> 
     for fqn, peer in peers.items():
         name = layers[fqn].overrides
         peer.__dict__[name] = recorded(fqn, getattr(peer, name))
+    mha: Any = torch.backends.mha
+    fast = mha.get_fastpath_enabled()
+    mha.set_fastpath_enabled(False)  # nn.TransformerEncoderLayer would not call its attention
     try:
         model(*args)
     finally:
+        mha.set_fastpath_enabled(fast)
         for fqn, peer in peers.items():
             peer.__dict__.pop(layers[fqn].overrides, None)
     return calls
@@ -198,4 +202,6 @@ def _own_tensors(module: Any) -> Iterator[tuple[str, Tensor]]:
                 *part.named_parameters(recurse=False),
                 *part.named_buffers(recurse=False),
             ]:
-                yield f"{prefix}.{name}".lstrip("."), tensor
+                fqn = f"{prefix}.{name}".lstrip(".")
+                if not fqn.endswith(type(module).invisible):
+                    yield fqn, tensor

@@ -14,10 +14,29 @@ from typing import Any
 
 from torch import nn
 
+from . import shapes
 from .fast import Fast, dotted
 
 _HERE = "hybridops.optimize"
 _DETR = "transformers.models.detr.modeling_detr:Detr"
+_TORCH = f"{_HERE}.torch_transformer"
+_SWIN = "torchvision.models.swin_transformer"
+_MAXVIT = "torchvision.models.maxvit"
+_VISION = f"{_HERE}.torchvision"
+
+
+def _family(model: str, prefix: str, **names: str) -> dict[str, str]:
+    """transformers' classes of one model: the class's name behind its prefix, by the rule's."""
+    path = f"transformers.models.{model}.modeling_{model}:{prefix}"
+    return {path + cls: f"{_HERE}.transformers_{model}:{rule}" for rule, cls in names.items()}
+
+
+_VIT = {
+    "FastAttention": "Attention",
+    "FastMLP": "MLP",
+    "FastPatchEmbeddings": "PatchEmbeddings",
+    "FastLayer": "Layer",
+}
 RULES: dict[str, str | type[Fast]] = {
     "torch.nn.modules.container:Sequential": f"{_HERE}.chained:FastSequential",
     "hybridops.models.levit:Levit": f"{_HERE}.ours:FastLevit",
@@ -67,6 +86,99 @@ RULES: dict[str, str | type[Fast]] = {
     "timm.models.twins:PosConv": f"{_HERE}.timm_twins:FastPosConv",
     "timm.models.twins:LocallyGroupedAttn": f"{_HERE}.timm_twins:FastLocallyGroupedAttn",
     "timm.models.twins:GlobalSubSampleAttn": f"{_HERE}.timm_twins:FastGlobalSubSampleAttn",
+    "torch.nn.modules.activation:MultiheadAttention": f"{_TORCH}:FastMultiheadAttention",
+    "torch.nn.modules.transformer:TransformerEncoderLayer": f"{_TORCH}:FastEncoderLayer",
+    "torch.nn.modules.transformer:TransformerDecoderLayer": f"{_TORCH}:FastDecoderLayer",
+    "torchvision.ops.misc:MLP": f"{_VISION}_vit:FastMLP",
+    "torchvision.models.vision_transformer:MLPBlock": f"{_VISION}_vit:FastMLPBlock",
+    "torchvision.models.vision_transformer:EncoderBlock": f"{_VISION}_vit:FastEncoderBlock",
+    "torchvision.models.vision_transformer:VisionTransformer": f"{_VISION}_vit:FastTransformer",
+    f"{_SWIN}:ShiftedWindowAttention": f"{_VISION}_swin:FastAttention",
+    f"{_SWIN}:ShiftedWindowAttentionV2": f"{_VISION}_swin:FastAttentionV2",
+    f"{_SWIN}:SwinTransformerBlock": f"{_VISION}_swin:FastBlock",
+    f"{_SWIN}:PatchMerging": f"{_VISION}_swin:FastPatchMerging",
+    f"{_SWIN}:PatchMergingV2": f"{_VISION}_swin:FastPatchMergingV2",
+    f"{_MAXVIT}:RelativePositionalMultiHeadAttention": f"{_VISION}_maxvit:FastAttention",
+    f"{_MAXVIT}:PartitionAttentionLayer": f"{_VISION}_maxvit:FastPartition",
+    **_family("vit", "ViT", **_VIT),
+    **_family("deit", "DeiT", **_VIT),
+    **_family("beit", "Beit", **_VIT),
+    **_family("dinov2", "Dinov2", **_VIT),
+    **_family(
+        "dpt",
+        "DPT",
+        FastSelfAttention="SelfAttention",
+        FastSelfOutput="ViTSelfOutput",
+        FastIntermediate="ViTIntermediate",
+        FastOutput="ViTOutput",
+        FastPatchEmbeddings="ViTPatchEmbeddings",
+        FastLayer="ViTLayer",
+    ),
+    **_family(
+        "levit",
+        "",
+        FastLinearNorm="MLPLayerWithBN",
+        FastHead="LevitClassificationLayer",
+        FastMlp="LevitMLPLayer",
+        FastAttention="LevitAttention",
+        FastAttentionSubsample="LevitAttentionSubsample",
+        FastResidual="LevitResidualLayer",
+        FastPatchEmbeddings="LevitPatchEmbeddings",
+    ),
+    **_family(
+        "cvt",
+        "Cvt",
+        FastAttention="SelfAttention",
+        FastSelfOutput="SelfOutput",
+        FastIntermediate="Intermediate",
+        FastOutput="Output",
+        FastEmbeddings="ConvEmbeddings",
+        FastLayer="Layer",
+    ),
+    **_family(
+        "mobilevit",
+        "MobileViT",
+        FastSelfAttention="SelfAttention",
+        FastSelfOutput="SelfOutput",
+        FastIntermediate="Intermediate",
+        FastOutput="Output",
+        FastLayer="TransformerLayer",
+        FastConvLayer="ConvLayer",
+    ),
+    **_family(
+        "pvt",
+        "Pvt",
+        FastAttention="EfficientSelfAttention",
+        FastSelfOutput="SelfOutput",
+        FastMLP="FFN",
+        FastPatchEmbeddings="PatchEmbeddings",
+    ),
+    **_family(
+        "pvt_v2",
+        "PvtV2",
+        FastAttention="SelfAttention",
+        FastMLP="ConvFeedForwardNetwork",
+        FastPatchEmbeddings="OverlapPatchEmbeddings",
+    ),
+    **_family(
+        "segformer",
+        "Segformer",
+        FastAttention="Attention",
+        FastMLP="MixMLP",
+        FastPatchEmbeddings="OverlapPatchEmbeddings",
+    ),
+}
+# Known classes that no kernel can serve: the reason that the report gives in place of a rule.
+UNSERVED: dict[str, str] = {
+    "transformers.models.mobilevitv2.modeling_mobilevitv2:MobileViTV2LinearSelfAttention": (
+        "linear attention: one softmax over the tokens weighs a sum, no scores of pairs"
+    ),
+    "transformers.models.swiftformer.modeling_swiftformer:SwiftFormerEfficientAdditiveAttention": (
+        "additive attention: one weighted sum of the queries, no scores of pairs"
+    ),
+    "transformers.models.poolformer.modeling_poolformer:PoolFormerPooling": (
+        "pooling in place of attention"
+    ),
 }
 _plugins_loaded = False
 
@@ -109,13 +221,20 @@ def _original(cls: type[nn.Module]) -> type[nn.Module]:
 
 
 def find(module: nn.Module) -> tuple[type[Fast] | None, str | None]:
-    """(rule, None), (None, why not), or (None, None) where no rule names this class or a base."""
+    """(rule, None), (None, why not), or (None, None) where nothing names this class or a base."""
     cls = _original(type(module))
     rule = RULES.get(dotted(cls))
     if rule is not None:
         return _load(rule), None
+    if dotted(cls) in UNSERVED:
+        return None, UNSERVED[dotted(cls)]
+    rule, reason = shapes.match(module)
+    if rule is not None or reason is not None:
+        return rule, reason
     base = next((b for b in cls.__mro__ if dotted(b) in RULES), None)
-    if base is None or _load(RULES[dotted(base)]).implied:
+    if base is None or cls.__module__.startswith("hybridops.nn."):
+        return None, None
+    if _load(RULES[dotted(base)]).implied:
         return None, None
     return None, f"a subclass of {dotted(base)}, whose rule serves that class only"
 

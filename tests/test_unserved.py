@@ -1,0 +1,33 @@
+"""Classes that no kernel can serve are named in the report, each with its reason."""
+
+from __future__ import annotations
+
+import importlib
+
+import pytest
+from torch import nn
+
+from hybridops import explain
+from hybridops.optimize import rules
+
+
+def load(path: str) -> type[nn.Module]:
+    module, _, name = path.partition(":")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except ModuleNotFoundError as error:
+        pytest.skip(str(error))
+
+
+@pytest.mark.parametrize("path", rules.UNSERVED)
+def test_it_exists_and_has_no_rule_beside_its_reason(timm, path):
+    assert issubclass(load(path), nn.Module)
+    assert path not in rules.RULES
+    assert rules.UNSERVED[path]
+
+
+def test_the_report_gives_the_reason(monkeypatch):
+    monkeypatch.setitem(rules.UNSERVED, "torch.nn.modules.rnn:LSTM", "it is recurrent")
+    model = nn.Sequential(nn.LSTM(4, 4), nn.Linear(4, 4))
+    reasons = {layer.fqn: layer.reason for layer in explain(model).layers}
+    assert reasons == {"0": "it is recurrent", "1": "no rule"}
