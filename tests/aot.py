@@ -27,7 +27,15 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from hybridops.kernels import attention, conv_stem, linear, patch_embed, peg, tuned
+from hybridops.kernels import (
+    attention,
+    attention_backward,
+    conv_stem,
+    linear,
+    patch_embed,
+    peg,
+    tuned,
+)
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 HALF, FULL = torch.bfloat16, torch.float32
@@ -62,7 +70,7 @@ def attend(D, dtype=HALF, Dv=None, N=(1024, 1024), B=8, table=False, mask=False,
     padding = meta(B, N[1], dtype=torch.bool) if mask else None
     out, lse = attention.forward(q, k, v, bias, index, padding, 0.125, 5 if table else 0)
     if backward:
-        attention.backward(out, q, k, v, bias, index, padding, out, lse, 0.125, table)
+        attention_backward.backward(out, q, k, v, bias, index, padding, out, lse, 0.125, table)
 
 
 def grid(K, dtype=HALF):
