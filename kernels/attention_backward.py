@@ -1,11 +1,12 @@
 """Gradients of attention in Triton, without float atomics.
 
-One kernel per block of queries (dq, and what the other two need per row), one per block of keys
+One kernel per block of queries (dq, and delta, which the other two need), one per block of keys
 (dk, dv), one per tile of the bias, which sums over the images inside the program.
 
 The probabilities come back as exp2(s - lse). An lse near 8 in fp32 is off by up to half a unit in
 its last place, which makes all probabilities of a row wrong by one factor: up to 5e-7, more than
-all of torch's own error. So dq divides by the sum of what came back, and the others by the same.
+all of torch's own error. dq, which sees whole rows, divides by the sum of what came back; dk, dv
+and dbias are sums over many rows, whose errors have no common factor.
 """
 
 import torch
@@ -38,8 +39,7 @@ def _log2_sums(lse_ptr, rows, Nq):
 
 @triton.jit
 def _dscores(s, dy, v, lse, delta, PRECISION: tl.constexpr):
-    """(p, ds): the probabilities, and the gradient of scale q k^T + bias, both times the row's sum
-    of p; in fp32."""
+    """(p, ds): the probabilities, and the gradient of scale q k^T + bias. All in fp32."""
     p = tl.exp2(s - lse[:, None])
     dp = tl.dot(dy, tl.trans(v), input_precision=PRECISION)
     return p, p * (dp - delta[:, None])
@@ -66,16 +66,15 @@ def _gradient_of_scores(
     DV: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """(q, dy, p, ds) of a tile of queries. sums: (lse, and _dq_kernel's delta and gain)."""
+    """(q, dy, p, ds) of a tile of queries. sums: (lse, and _dq_kernel's delta)."""
     H, Nq, _, _ = sizes
     at = (b * H + h) * Nq
     q = tile(head(tensors[0][0], strides[0][0], b, h), rows, Nq, strides[0][0], d, D)
     dy = tile(head(dy_ptr, dy_stride, b, h), rows, Nq, dy_stride, e, DV)
     delta = tl.load(sums[1] + at + rows, rows < Nq, 0.0)
-    gain = tl.load(sums[2] + at + rows, rows < Nq, 0.0)
     s = scores(*(q, k, b, h, rows, cols, sizes, scale2, tensors[1], strides[1], PRECISION))
     p, ds = _dscores(s, dy, v, _log2_sums(sums[0] + at, rows, Nq), delta, PRECISION)
-    return q, dy, p * gain[:, None], ds * gain[:, None]
+    return q, dy, p, ds
 
 
 @triton.jit
@@ -101,8 +100,7 @@ def _dq_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
 ):
-    """dq of one block of queries; and for the kernels that follow delta = sum(dy * out) and
-    gain = 1 / sum(p)."""
+    """dq of one block of queries, and delta = sum(dy * out) for the kernels that follow."""
     H, Nq, Nk, _ = sizes
     q_stride, k_stride, v_stride = strides[0]
     m_blocks = tl.cdiv(Nq, BLOCK_M)
@@ -130,9 +128,7 @@ def _dq_kernel(
         p, ds = _dscores(s, dy, v, lse, delta, PRECISION)
         total += tl.sum(p, 1)
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
-    gain = 1.0 / tl.where(total == 0.0, 1.0, total)
-    tl.store(sums[2] + bh * Nq + rows, gain, rows < Nq)
-    dq *= (gain * scale)[:, None]
+    dq *= (scale / tl.where(total == 0.0, 1.0, total))[:, None]
     store(dq_ptr + b * Nq * H * D + h * D, dq, rows, Nq, H * D, d, D)
 
 
@@ -280,7 +276,8 @@ def backward(dy, q, k, v, bias, bias_index, key_padding_mask, out, lse, scale, n
     if 0 in (B, Nq, H, Nk):
         return dq.zero_(), dk.zero_(), dv.zero_(), dbias
     call = Call(q, k, v, bias, bias_index, key_padding_mask)
-    sums = (lse.contiguous(), torch.empty_like(lse), torch.empty_like(lse))  # lse, delta, gain
+    lse = lse.contiguous()
+    sums = (lse, torch.empty_like(lse))  # the second is delta
     scales = (scale, scale * LOG2E)
     fixed = {"PRECISION": tuned.precision(q), "WIDE": tuned.is_wide(dy, q, k, v, bias, out)}
     blocks, options = call.blocks("attention_dq")
