@@ -231,6 +231,8 @@ def run_jobs(
         progress(0.0, "building")
         if "torch._dynamo" in sys.modules:  # what one job compiled must not count for the next
             torch.compiler.reset()
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
         task, lost = None, None
         try:
             task = job.task()
