@@ -1,11 +1,14 @@
 """Block sizes, warps and stages of every kernel: a table per architecture, read once, no search.
 
 The tables are tuned_sm<architecture>.json beside this file; a GPU uses the newest one that is not
-newer than itself. Each names where its numbers come from.
+newer than itself. Each names where its numbers come from. A user's own goes first, which `hybridops
+tune` wrote for these very kernels into $XDG_CACHE_HOME/hybridops (or ~/.cache/hybridops).
 """
 
 import functools
+import hashlib
 import json
+import os
 from pathlib import Path
 
 import torch
@@ -20,9 +23,14 @@ def config(kernel: str, x: torch.Tensor, width: int) -> dict[str, int]:
     Raises ValueError for a width beyond the table.
     """
     kind = "float32" if x.dtype == torch.float32 else "half"
-    for largest, entry in table(architecture(x.device))[kernel][kind]:
+    return dict(row(kernel, kind, width, architecture(x.device))[1])
+
+
+def row(kernel: str, kind: str, width: int, arch: int) -> tuple[int, dict[str, int]]:
+    """(the largest width that it is for, the entry). Raises ValueError beyond the table."""
+    for largest, entry in table(arch)[kernel][kind]:
         if width <= largest:
-            return dict(entry)
+            return largest, entry
     raise ValueError(f"{kernel}: no configuration for a width of {width} in {kind}")
 
 
@@ -42,7 +50,56 @@ def _architecture(index: int | None) -> int:
 @functools.cache
 def table(arch: int) -> dict:
     """The whole table: kernel -> "half" or "float32" -> [(largest width, entry), ...]."""
+    found = shipped(arch)
+    own = users_own(arch)
+    try:
+        theirs = json.loads(own.read_text()) if own else {}
+        return merged(found, theirs) if theirs.get("kernels") == fingerprint() else found
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return found  # not there, or not what we wrote
+
+
+def shipped(arch: int) -> dict:
     return json.loads(Path(__file__).with_name(f"tuned_sm{arch}.json").read_text())
+
+
+def users_own(arch: int) -> Path | None:
+    """Where a user's own table lies; None where there is no home."""
+    named = Path(os.environ.get("XDG_CACHE_HOME") or ".")
+    try:
+        folder = named if named.is_absolute() else Path.home() / ".cache"
+    except RuntimeError:
+        return None
+    return folder / "hybridops" / f"tuned_sm{arch}.json"
+
+
+def merged(base: dict, better: dict) -> dict:
+    """base with those of its entries replaced that `better` has too.
+
+    Raises ValueError for numbers that no launch takes.
+    """
+    result = {"source": base["source"]}
+    for kernel, kinds in base.items():
+        if not isinstance(kinds, dict):  # "source" and the like
+            continue
+        result[kernel] = {}
+        for kind, rows in kinds.items():
+            theirs = dict(better.get(kernel, {}).get(kind, []))
+            for n, entry in rows:
+                new = theirs.get(n, entry)
+                if new.keys() != entry.keys() or not all(
+                    type(x) is int and 1 <= x <= 1024 for x in new.values()
+                ):
+                    raise ValueError(f"{kernel}, {kind}, {n}: {new}")
+            result[kernel][kind] = [[n, theirs.get(n, entry)] for n, entry in rows]
+    return result
+
+
+@functools.cache
+def fingerprint() -> str:
+    """Which kernels these are: a table that was tuned for others is not read."""
+    sources = sorted(Path(__file__).parent.glob("*.py"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
 
 
 def precision(x: torch.Tensor) -> str:

@@ -6,11 +6,17 @@ on CPU tensors in the interpreter, so that this file is known to work before a m
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
+import sys
+
 import check
 import interpreter
 import pytest
 import torch
 from cases import CASES, all_cases, find
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import hybridops
 from hybridops import BackendUnavailable, backend, ops
@@ -77,6 +83,53 @@ def test_matches(case, dtype, gpu_backend, nan_filled, torchs_fp32):
 
 @on_gpu
 @pytest.mark.parametrize("op", CASES)
+def test_opcheck(op, gpu_backend):
+    """torch's own check of schema, fake and autograd, on what the door hands to the op."""
+    case = find(REPEATED[op])
+    skip_unless_served(case, torch.float32, gpu_backend)
+    opcheck(case, gpu_backend, "cuda")
+
+
+def opcheck(case, backend_name: str, device: str) -> None:
+    inputs = on_device(case.make_inputs(torch.float32), device)
+    for t in inputs.values():
+        t.requires_grad_(t.is_floating_point())
+    calls = []
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function.namespace == "hybridops":
+                calls.append((function, args))
+            return function(*args, **(kwargs or {}))
+
+    with hybridops.use(backend_name):
+        with Record(), torch.no_grad():
+            case.call(inputs)
+        assert calls, f"{case}: no op of ours was called"
+        for function, args in calls:
+            torch.library.opcheck(function, args)
+
+
+@on_gpu
+def test_compute_sanitizer_finds_nothing():
+    """The small cases once more in a process that compute-sanitizer watches."""
+    sanitizer = shutil.which("compute-sanitizer")
+    if sanitizer is None:
+        pytest.skip("compute-sanitizer is not on the PATH")
+    command = [sanitizer, "--tool", "memcheck", "--error-exitcode", "99", "--target-processes"]
+    command += ["all", sys.executable, "-m", "pytest", "-q", "-k", "opcheck", __file__]
+    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    try:
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    except subprocess.TimeoutExpired:
+        pytest.skip("compute-sanitizer took more than 120 s")
+    if "Device not supported" in done.stdout:
+        pytest.skip("compute-sanitizer does not support this device")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+
+
+@on_gpu
+@pytest.mark.parametrize("op", CASES)
 def test_repeats_bit_for_bit(op, gpu_backend):
     skip_unless_served(find(REPEATED[op]), torch.float32, gpu_backend)
     repeats(REPEATED[op], gpu_backend, "cuda", 250)
@@ -89,6 +142,7 @@ def test_the_checks_themselves_run_without_a_gpu():
     with interpreter.serving():
         for name in REPEATED.values():
             repeats(name, "triton", "cpu", 1)
+        opcheck(find("peg-c8"), "triton", "cpu")
 
 
 @on_gpu

@@ -23,17 +23,19 @@ Inputs = dict[str, Any]
 
 
 class Draw:
-    """Random values of one case: normal by default."""
+    """Random values of one case: normal by default, drawn on the device where they will be."""
 
-    def __init__(self, name: str, seed: int):
-        self.generator = torch.Generator().manual_seed(zlib.crc32(name.encode()) + seed)
+    def __init__(self, name: str, seed: int, device: str = "cpu"):
+        self.device = device
+        self.generator = torch.Generator(device).manual_seed(zlib.crc32(name.encode()) + seed)
 
     def __call__(self, *shape: int, std: float = 1.0, mean: float = 0.0) -> Tensor:
-        values = torch.randn(shape, generator=self.generator, dtype=torch.float64)
-        return values * std + mean
+        options: Any = {"generator": self.generator, "device": self.device}
+        return torch.randn(shape, dtype=torch.float64, **options) * std + mean
 
     def integers(self, *shape: int, high: int) -> Tensor:
-        return torch.randint(max(high, 1), shape, generator=self.generator)
+        options: Any = {"generator": self.generator, "device": self.device}
+        return torch.randint(max(high, 1), shape, **options)
 
 
 INPUT_LAYOUTS = ("contiguous", "transposed", "sliced", "sliced_rows", "offset", "expanded")
@@ -60,7 +62,7 @@ def lay_out(x: Tensor, layout: str) -> Tensor:
 
 
 def _gaps(x: Tensor, shape) -> Tensor:
-    return torch.full(shape, float("nan") if x.is_floating_point() else 0, dtype=x.dtype)
+    return x.new_full(shape, float("nan") if x.is_floating_point() else 0)
 
 
 @dataclass(frozen=True)
@@ -74,10 +76,12 @@ class Case:
     def __str__(self) -> str:
         return f"{self.op}-{self.name}"
 
-    def make_inputs(self, dtype: torch.dtype, layout: str | None = None, seed: int = 0) -> Inputs:
+    def make_inputs(
+        self, dtype: torch.dtype, layout: str | None = None, seed: int = 0, device: str = "cpu"
+    ) -> Inputs:
         """Tensors by name, floating-point ones in `dtype`, all in `layout` or the case's own."""
         layout = layout or self.layout
-        drawn = self.tensors(Draw(str(self), seed))
+        drawn = self.tensors(Draw(str(self), seed, device))
         cast = {n: t.to(dtype) if t.is_floating_point() else t for n, t in drawn.items()}
         return {name: lay_out(tensor, layout) for name, tensor in cast.items()}
 
@@ -131,14 +135,15 @@ class Attention(Case):
             t["bias"] = draw(1, H, 1, Nk)
         elif self.bias == "masking":  # an additive mask: -inf closes keys, and one row entirely
             t["bias"] = draw(B, 1, Nq, Nk)
-            t["bias"][torch.rand(t["bias"].shape, generator=draw.generator) < 0.3] = -torch.inf
+            shut = torch.rand(t["bias"].shape, generator=draw.generator, device=draw.device) < 0.3
+            t["bias"][shut] = -torch.inf
             t["bias"][0, 0, 1] = -torch.inf
         elif self.bias is not None:
             T = max(Nq, Nk) + 3
             t["bias"] = draw(H, T) if self.bias == "table" else draw(T, H)
             t["bias_index"] = draw.integers(Nq, Nk, high=T).to(self.index_dtype)
         if self.mask is not None:
-            padding = torch.zeros(B, Nk, dtype=torch.bool)
+            padding = torch.zeros(B, Nk, dtype=torch.bool, device=draw.device)
             padding[0, Nk - Nk // 3 :] = True
             if self.mask == "blocks":
                 padding[0, Nk // 8 :] = True

@@ -37,7 +37,7 @@ class Finding:
 
 def error(y: Tensor, exact: Tensor) -> float:
     """max |y - exact| over the root mean square of exact; inf for NaN that exact does not have."""
-    y, exact = y.double().cpu(), exact.double().cpu()
+    y, exact = y.to(exact.device).double(), exact.double()
     finite = exact.isfinite()
     if not torch.equal(y[~finite].nan_to_num(7.0), exact[~finite].nan_to_num(7.0)):
         return float("inf")

@@ -16,7 +16,7 @@ import torch
 import hybridops
 
 from .. import backend
-from .roof import machine_id, roof
+from .roof import gpu_roof, machine_id, roof
 
 _VARIABLES = (
     *("ATEN_CPU_CAPABILITY", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "OMP_WAIT_POLICY"),
@@ -26,11 +26,14 @@ _VARIABLES = (
 _PEERS = ("timm", "transformers", "torchvision", "triton", "onnxruntime", "openvino", "onnx")
 
 
-def environment(threads: tuple[int, ...] = (), *, seed: int = 0) -> dict[str, Any]:
-    """The env object of a document, with the roof for these thread counts (as far as measured)."""
+def environment(
+    threads: tuple[int, ...] = (), *, seed: int = 0, on_gpu: bool = False
+) -> dict[str, Any]:
+    """The env object of a document, with the roof for these thread counts, or the GPU's (as far as
+    measured)."""
     commit, dirty = _git()
-    measured = None
-    for count in threads:
+    measured = gpu_roof() if on_gpu else None
+    for count in () if on_gpu else threads:
         measured = roof(count)
     return {
         "hybridops": hybridops.__version__,

@@ -11,12 +11,17 @@ A suite is a TOML file with tables [[op]] and [[model]], whose keys are the opti
     name = "timm:levit_128s"
     batch = [1, 16]
     peers = ["eager", "compile"]
+
+An op may name the time asked for, and a better one, in microseconds per mode. "bwd" is forward and
+backward together:
+
+    target = { fwd = [58, 46], bwd = [193, 154] }
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
@@ -29,7 +34,7 @@ from .case import INPUT_LAYOUTS
 from .measure import Progress, measure
 from .memory import measure_memory
 from .model_task import build_model, full_name, model_task
-from .op_task import OPS, chosen_backends, find_cases, op_task
+from .op_task import OPS, chosen_backends, find_cases, op_task, rehearsed
 from .peers import peer
 from .result import Row
 from .sample import Settings
@@ -37,6 +42,7 @@ from .task import DTYPES, MODEL_MODES, OP_MODES, Task
 
 OP_PEERS, MODEL_PEERS = ("eager", "sdpa"), ("eager", "compile")
 METRICS = ("latency", "throughput", "peak-mem")
+DEVICES = ("cpu", "cuda")
 BACKENDS = ("auto", "all", "cpu", "triton", "cuda", "reference")
 
 
@@ -52,6 +58,13 @@ class Job:
     task: Callable[[], Task]
     peers: tuple[str, ...]
     memory: bool = False
+    target: tuple[float, ...] = ()  # ms: asked for, and better still
+    how: str = ""  # what else tells it from other jobs of its title
+
+    @property
+    def key(self) -> str:
+        """What `--resume` knows it by."""
+        return " ".join(filter(None, (self.title, self.how, ",".join(self.peers))))
 
 
 def op_jobs(
@@ -65,25 +78,54 @@ def op_jobs(
     layout: str | None = None,
     peers: Sequence[str] | None = None,
     seed: int = 0,
+    device: str = "cpu",
+    target: Mapping[str, Sequence[float]] | None = None,
+    rehearsal: bool = False,
 ) -> list[Job]:
-    """A job for every combination. Raises ValueError that names what there is."""
+    """A job for every combination. Raises ValueError that names what there is.
+
+    target: us per mode. rehearsal: the same on small inputs on the CPU, whatever the device.
+    """
     if name not in OPS:
         raise ValueError(f"unknown op {name!r}; there are {', '.join(OPS)}")
     _among(dtype, tuple(DTYPES), "dtype")
     _among(mode, OP_MODES, "mode")
     _among([] if layout is None else [layout], (*INPUT_LAYOUTS, "channels_last"), "layout")
     _among([backend], BACKENDS, "backend")
+    _among([device], DEVICES, "device")
+    if device == "cuda" and not (rehearsal or torch.cuda.is_available()):
+        raise ValueError("device cuda: torch sees no GPU (--dry-run rehearses without one)")
+    asked = _targets(target or {}, mode)
     if peers is None:
         peers = OP_PEERS if name == "attention" else OP_PEERS[:1]
     for p in peers:
         peer(p)
     cases = [case for s in shape for case in find_cases(name, s)]
     jobs = []
+    if rehearsal:
+        cases, device, backend = [rehearsed(case) for case in cases], "cpu", "auto"
     for case, d, m, count in product(cases, dtype, mode, threads or _threads()):
-        for b in chosen_backends(backend):
-            make = partial(op_task, case, d, m, count, b, layout, seed)
-            jobs.append(Job(f"{case} {m} {d}", make, tuple(peers)))
+        for b in chosen_backends(backend, device):
+            make = partial(_op, rehearsal, case, d, m, count, b, layout, seed, device)
+            how = " ".join([device, b, f"{count} threads", *filter(None, [layout])])
+            jobs.append(Job(f"{case} {m} {d}", make, tuple(peers), False, asked.get(m, ()), how))
     return jobs
+
+
+def _op(rehearsal: bool, *arguments: Any) -> Task:
+    task = op_task(*arguments)
+    task.rehearsal = rehearsal
+    return task
+
+
+def _targets(target: Any, modes: Sequence[str]) -> dict[str, tuple[float, ...]]:
+    """Milliseconds by mode. Raises ValueError for anything else than is documented above."""
+    for mode, times in target.items():
+        _among([mode], tuple(modes), "mode of target")
+        numbers = [t for t in times if isinstance(t, int | float) and 0 < t < 1e9]
+        if not 1 <= len(numbers) == len(times) <= 2 or sorted(times, reverse=True) != list(times):
+            raise ValueError(f"target: one or two times in us, the better one last, got {times}")
+    return {mode: tuple(t / 1e3 for t in times) for mode, times in target.items()}
 
 
 def model_jobs(
@@ -123,12 +165,16 @@ def model_jobs(
     for s, b, d, m, count in product(size, batch, dtype, mode, threads or _threads()):
         make = partial(task, s, b, d, m, count)
         title = f"{name} {m} {d} batch {b}"
-        jobs.append(Job(title, make, tuple(peers or MODEL_PEERS), "peak-mem" in metric))
+        how = f"{s or ''} {count} threads {','.join(metric)}"
+        jobs.append(Job(title, make, tuple(peers or MODEL_PEERS), "peak-mem" in metric, how=how))
     return jobs
 
 
-def suite_jobs(path: Path) -> list[Job]:
-    """The jobs of a suite file. Raises BadSuite for what cannot be read or served."""
+def suite_jobs(path: Path, *, rehearsal: bool = False) -> list[Job]:
+    """The jobs of a suite file. Raises BadSuite for what cannot be read or served.
+
+    rehearsal: see op_jobs; a suite with models has none.
+    """
     try:
         import tomllib
     except ImportError:
@@ -146,10 +192,12 @@ def suite_jobs(path: Path) -> list[Job]:
             where = f"{path}: [[{kind}]] number {i + 1}"
             if not isinstance(entry, dict) or "name" not in entry:
                 raise BadSuite(f"{where} has no name")
-            single = ("name", "backend", "layout", "seed")
+            single = ("name", "backend", "layout", "seed", "device", "target")
             options = {
                 k: v if k in single or isinstance(v, list) else [v] for k, v in entry.items()
             }
+            if rehearsal:
+                options["rehearsal"] = True
             try:
                 jobs += make(options.pop("name"), **options)
             except (ValueError, TypeError) as error:
@@ -170,21 +218,58 @@ def run_jobs(
     *,
     started: Callable[[str], None] = lambda title: None,
     progress: Progress = lambda share, text: None,
+    keep_going: bool = False,
 ) -> Iterator[list[Row]]:
-    """Each job's rows, in order, as soon as they are measured."""
+    """Each job's rows, in order, as soon as they are measured.
+
+    keep_going: what a job raises becomes its row, FAILED; a GPU that is lost to this process ends
+    the run all the same (Lost).
+    """
     settings = settings or Settings()
     for job in jobs:
         started(job.title)
         progress(0.0, "building")
         if "torch._dynamo" in sys.modules:  # what one job compiled must not count for the next
             torch.compiler.reset()
-        task = job.task()
-        found = measure(task, job.peers, settings, progress=progress)
-        if job.memory:
-            measure_memory(task, found, progress)
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
+        task, lost = None, None
+        try:
+            task = job.task()
+            found = measure(task, job.peers, settings, progress=progress)
+            if job.memory:
+                measure_memory(task, found, progress)
+        except Exception as error:
+            if not keep_going:
+                raise
+            found = [_failed(job, task, error)]
+            lost = error if "CUDA error" in str(error) else None
         for row in found:
-            row.repro = _repro(row, settings)
+            row.repro, row.job = _repro(row, settings), job.key
+            if row.ours and job.target:
+                row.target_ms, row.stretch_ms = job.target[0], job.target[-1]
         yield found
+        if lost:
+            raise Lost(f"{job.title}: {lost}")
+
+
+class Lost(RuntimeError):
+    """The GPU answers this process no more."""
+
+
+def _failed(job: Job, task: Task | None, error: Exception) -> Row:
+    """The row of a comparison that raised; without a task only its title is known."""
+    reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    if task is None:
+        return Row("op", job.title, "", "", "", None, 1, "", "hybridops", True, "FAILED", reason)
+    known = (task.kind, task.name, task.case, task.dtype, task.mode, task.batch, task.threads)
+    return Row(*known, "", task.label, True, "FAILED", reason, task.repro, task.layout)
+
+
+def unmeasured(jobs: Sequence[Job], doc: dict) -> list[Job]:
+    """The jobs of which an earlier document of the same run has no rows."""
+    done = {row.get("job") for row in doc["rows"]}
+    return [job for job in jobs if job.key not in done]
 
 
 def _repro(row: Row, settings: Settings) -> str:

@@ -185,7 +185,7 @@ class _Comparison:
                 entry.reason = f"wrong on new inputs after the timing: {finding.reason}"
 
     def _flush(self) -> clock.Flush | None:
-        if self.settings.cache == "warm":
+        if self.settings.cache == "warm" or self.task.rehearsal:
             return None
         return clock.Flush(self.device, self._roof().cache_bytes.get("L3"))
 
@@ -215,6 +215,7 @@ class _Comparison:
             clock=self.clock.name,
             flop=self.flop,
             bytes=self.bytes,
+            device=device_name(self.device),
         )
         if entry.finding:
             row.error, row.error_ratio = entry.finding.error, entry.finding.ratio
@@ -222,9 +223,11 @@ class _Comparison:
             row.error_limit = max(self.limits) if entry.ours else None
         if entry.name in seconds:
             row.set_times(stats.summary(seconds[entry.name]))
-            self._hold_against_the_roof(row)
+            if not self.task.rehearsal:
+                self._hold_against_the_roof(row)
         ours = self.entries[0]
         both = entry.name in seconds and ours.name in seconds
+        both = both and not self.task.rehearsal
         if not entry.ours and both and ours.status == entry.status == "OK":
             speedup = stats.ratio(seconds[entry.name], seconds[ours.name])
             row.speedup, row.speedup_low, row.speedup_high = speedup
@@ -234,7 +237,7 @@ class _Comparison:
     def _mind_the_others(self, rows: list[Row], others: float | None) -> None:
         """Too few cores for us and other processes: a thread that waits for a core makes all wait,
         and which candidate that hits most says nothing about its speed when alone."""
-        why = crowded(self.task.threads, others)
+        why = crowded(self.task.threads, others) if self.device.type == "cpu" else None
         for row in rows:
             if row.median_ms is None:
                 continue
@@ -263,6 +266,10 @@ class _Comparison:
             "skipped, or the clock stopped before it was done"
         )
         entry.status, entry.reason = "INVALID", row.reason
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def crowded(threads: int, others: float | None) -> str | None:

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from .. import backend as backends
-from .case import Case, Inputs, lay_out
+from .case import Attention, Case, ConvStem, Inputs, Linear, lay_out
 from .cases import CASES
 from .plain import plain_torch
-from .task import DTYPES, Candidate, Skip, Task
+from .task import Candidate, Skip, Task
 
 DATA = ("x", "q", "k", "v", "qkv", "image", "residual", "key_padding_mask")
 OPS = tuple(CASES)
@@ -113,11 +113,50 @@ def _whole(key: str, text: str) -> int:
     return int(text)
 
 
-def chosen_backends(backend: str) -> list[str]:
+def chosen_backends(backend: str, device: str = "cpu") -> list[str]:
     """One name for each task: "all" means every backend that this process has but the reference."""
+    there = [b for b in backends.available() if (b == "cpu") == (device == "cpu")]
     if backend == "all":
-        return [b for b in backends.available() if b != "reference"] or ["reference"]
-    return [backends.available()[0] if backend == "auto" else backend]
+        return [b for b in there if b != "reference"] or ["reference"]
+    if backend == "auto" and device == "cpu":
+        return [there[0] if there else "reference"]
+    return [backend]
+
+
+def through(task: Task, backend: str) -> Candidate:
+    """Ours, forced through one backend, or with "auto" through the one that serves such a call."""
+    meaning = task.module
+    assert isinstance(meaning, _Meaning)
+    if backend != "auto" and backend not in backends.available():
+        why = backends.why_absent(backend) if backend != "reference" else None
+        raise Skip(f"backend {backend} is not there: {why or 'not built'}")
+    tensors = dict(zip(meaning.data, task.inputs, strict=True)) | meaning.weights()
+    twin = _Ours(meaning.case, tensors).to(task.torch_dtype)
+    twin.load_state_dict({n: t.to(task.torch_dtype) for n, t in meaning.state_dict().items()})
+    if not task.differentiates and getattr(meaning.case, "packed", False) and backend == "cpu":
+        twin.packs = meaning.case.pack(twin.weights())
+    if backend != "auto":
+        return task.candidate("hybridops", twin, backend, world=partial(backends.use, backend))
+    candidate = task.candidate("hybridops", twin)
+    before = backends.served.copy()
+    candidate.outcome()
+    ran = (backends.served - before).keys()
+    candidate.backend = "+".join(sorted({what for _, what in ran})) or backends.available()[0]
+    return candidate
+
+
+def rehearsed(case: Case) -> Case:
+    """The case with one image, few heads and few tokens: for a dry run on a CPU."""
+    sizes: dict[str, Any] = {"B": 1}
+    match case:
+        case Attention() if not isinstance(case.bias, tuple):
+            sizes |= {"H": min(case.H, 2), "Nq": min(case.Nq, 50)}
+            sizes |= {"Nk": min(case.Nk, 60)} if case.Nk else {}
+        case Linear():
+            sizes = {"M": 10}
+        case ConvStem():
+            sizes |= {"H": 64, "W": 64}
+    return dataclasses.replace(case, **sizes)
 
 
 def op_task(
@@ -128,31 +167,29 @@ def op_task(
     backend: str = "cpu",
     layout: str | None = None,
     seed: int = 0,
+    device: str = "cpu",
 ) -> Task:
-    """The task of running one case through one backend; layout: see case.lay_out."""
+    """The task of running one case through one backend; layout: see case.lay_out.
+
+    backend "auto" forces none: on a GPU the table `backend.GPU` chooses, and the row says which.
+    """
     layout = layout or case.layout
-    drawn = case.make_inputs(torch.float32, "contiguous", seed)
+    drawn = case.make_inputs(torch.float32, "contiguous", seed, device)
     module = _Meaning(case, drawn)
 
     def draw(seed: int) -> list[Tensor]:
-        fresh = case.make_inputs(torch.float32, "contiguous", seed)
+        fresh = case.make_inputs(torch.float32, "contiguous", seed, device)
         return [lay_out(fresh[n], layout) if layout else fresh[n] for n in module.data]
 
     def ours(task: Task) -> Candidate:
-        if backend not in backends.available():
-            raise Skip(
-                f"backend {backend} is not there: {backends.why_no_library() or 'not built'}"
-            )
-        twin = _Ours(case, drawn).to(DTYPES[dtype])
-        twin.load_state_dict({n: t.to(DTYPES[dtype]) for n, t in module.state_dict().items()})
-        if not task.differentiates and getattr(case, "packed", False) and backend == "cpu":
-            twin.packs = case.pack(twin.weights())
-        return task.candidate("hybridops", twin, backend, world=partial(backends.use, backend))
+        return through(task, backend)
 
     parts = [f"hybridops bench op {case.op} --shape {case.name}"]
     parts += [f"--dtype {dtype} --mode {mode} --threads {threads} --backend {backend}"]
     if layout != case.layout:
         parts.append(f"--layout {layout}")
+    if device != "cpu":
+        parts.append(f"--device {device}")
     return Task(
         kind="op",
         name=case.op,

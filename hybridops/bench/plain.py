@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,7 +15,7 @@ from ..ops._contract import activate
 
 
 @contextmanager
-def plain_torch(fused_attention: str = "unbiased") -> Iterator[None]:
+def plain_torch(fused_attention: str | Callable = "unbiased") -> Iterator[None]:
     """The reference ops while the block runs, with attention as users have it.
 
     The reference of attention also serves rows without any key, which costs two passes over the
@@ -23,11 +23,15 @@ def plain_torch(fused_attention: str = "unbiased") -> Iterator[None]:
 
     fused_attention: where torch's scaled_dot_product_attention is taken: "unbiased" (no bias and no
     mask, as timm does; with a bias the spelled-out scores are mostly faster on CPUs), "always" or
-    "never".
+    "never". Or a function of (q, k, v, bias, bias_index, key_padding_mask, scale), q, k and v being
+    (B, H, N, D), that is taken instead.
     """
 
     def attention(q, k, v, bias, bias_index, key_padding_mask, scale, activation):
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        if callable(fused_attention):
+            out = fused_attention(q, k, v, bias, bias_index, key_padding_mask, scale)
+            return activate(out.transpose(1, 2).contiguous(), activation)
         if bias_index is not None:
             bias = bias[:, bias_index.long()]
         if key_padding_mask is not None:

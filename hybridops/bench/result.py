@@ -69,6 +69,10 @@ class Row:
     speedup: float | None = None  # in a peer's row: its time over ours
     speedup_low: float | None = None
     speedup_high: float | None = None
+    device: str = "cpu"  # or the GPU's name
+    target_ms: float | None = None  # ours: what its suite asks for
+    stretch_ms: float | None = None
+    job: str = ""  # which comparison of a run this is
 
     def set_times(self, times: Summary) -> None:
         self.median_ms, self.p20_ms, self.p80_ms = (

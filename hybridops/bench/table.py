@@ -12,6 +12,7 @@ from typing import TextIO
 from .regress import Change
 from .result import Row
 
+_TARGET = "target"  # a column only where a row has one
 _COLUMNS = (
     "candidate",
     "ms",
@@ -35,14 +36,36 @@ def table(rows: Sequence[Row]) -> str:
             blocks.append((_heading(row), lines := []))
             last = row.key()
         lines.append(_cells(row))
+    columns = list(_COLUMNS)
+    if any(row.target_ms for row in rows):
+        columns.insert(2, _TARGET)
+        every = (line for _, lines in blocks for line in lines)
+        for row, line in zip(rows, every, strict=True):
+            line.insert(2, _target(row))
     widths = [
-        max([len(_COLUMNS[i])] + [len(line[i]) for _, lines in blocks for line in lines])
-        for i in range(len(_COLUMNS))
+        max([len(columns[i])] + [len(line[i]) for _, lines in blocks for line in lines])
+        for i in range(len(columns))
     ]
-    return "\n".join(line for heading, lines in blocks for line in _block(heading, lines, widths))
+    return "\n".join(
+        line for heading, lines in blocks for line in _block(heading, columns, lines, widths)
+    )
 
 
-def _block(heading: str, lines: list[list[str]], widths: list[int]) -> list[str]:
+def _target(row: Row) -> str:
+    """What was asked for, and whether it was reached."""
+    if not row.target_ms:
+        return ""
+    asked = "/".join(figures(ms) for ms in (row.target_ms, row.stretch_ms) if ms)
+    if row.median_ms is None:
+        return asked
+    if row.stretch_ms and row.median_ms <= row.stretch_ms:
+        return f"{asked} stretch"
+    return f"{asked} {'reached' if row.median_ms <= row.target_ms else 'missed'}"
+
+
+def _block(
+    heading: str, columns: Sequence[str], lines: list[list[str]], widths: list[int]
+) -> list[str]:
     def align(cells: Sequence[str]) -> str:
         first, *rest = (
             cell.rjust(width) if i else cell.ljust(width)
@@ -50,7 +73,7 @@ def _block(heading: str, lines: list[list[str]], widths: list[int]) -> list[str]
         )
         return "  ".join(["  " + first, *rest, *cells[len(widths) :]]).rstrip()
 
-    return [heading, align(_COLUMNS), *map(align, lines), ""]
+    return [heading, align(columns), *map(align, lines), ""]
 
 
 def _heading(row: Row) -> str:
@@ -62,7 +85,10 @@ def _heading(row: Row) -> str:
     ]
     if row.batch is not None and row.kind == "model":
         parts.insert(2, f"batch {row.batch}")
-    parts.append(f"{row.threads} thread{'s' * (row.threads != 1)}")
+    if row.device == "cpu":
+        parts.append(f"{row.threads} thread{'s' * (row.threads != 1)}")
+    else:
+        parts.append(row.device)
     if row.layout != "contiguous":
         parts.append(row.layout)
     parts.append(f"{row.cache} cache, {row.clock}")

@@ -77,6 +77,7 @@ class Task:
     repro: str = ""
     seed: int = 0
     label: str = "hybridops"  # what ours is called
+    rehearsal: bool = False  # a dry run: peers take a quick way that proves the same call
     no_gradients: World = torch.inference_mode
     flop: float | None = None  # per call; None: counted in the module
     bytes_moved: float | None = None
@@ -226,10 +227,11 @@ class _Runner:
 
     def _dy(self, outputs: list[Tensor]) -> list[Tensor]:
         if not self.task.dy:
-            generator = torch.Generator().manual_seed(self.task.seed + 1)
+            generator = torch.Generator(outputs[0].device).manual_seed(self.task.seed + 1)
+            options: Any = {"generator": generator, "device": generator.device}
             for y in outputs:
-                values = torch.randn(y.shape, generator=generator, dtype=torch.float64)
-                self.task.dy.append(values.to(y.device, self.task.torch_dtype))
+                values = torch.randn(y.shape, dtype=torch.float64, **options)
+                self.task.dy.append(values.to(self.task.torch_dtype))
         return [dy.to(y.dtype) for dy, y in zip(self.task.dy, outputs, strict=True)]
 
     def _losses(self, outputs: list[Tensor]) -> Iterator[Tensor]:

@@ -80,6 +80,7 @@ def _build_parser() -> argparse.ArgumentParser:
     _add_explain(add)
     _add_optimize(add)
     _add_profile(add)
+    _add_tune(add)
     return parser
 
 
@@ -186,6 +187,28 @@ def _add_profile(add) -> None:
     profile.add_argument("--out", type=Path, metavar="FILE.html", help="draw both sides")
     profile.add_argument("--json", type=Path, metavar="FILE", help="write every module as JSON")
     profile.add_argument("--quiet", action="store_true", help="no table, no progress")
+
+
+def _add_tune(add) -> None:
+    tune = add(
+        "tune",
+        "search faster block sizes for the Triton kernels on this GPU",
+        "--seconds 600",
+        "--dry-run --arch sm_90 --only attention_forward",
+    )
+    tune.add_argument("--arch", metavar="sm_N", help="default: this GPU's")
+    tune.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="only compile, without a GPU, and say what each configuration needs",
+    )
+    tune.add_argument(
+        "--only", default="*", metavar="PATTERN", help="entries kernel/kind/width, or a kernel"
+    )
+    tune.add_argument("--out", type=Path, metavar="FILE", help="default: your own table")
+    tune.add_argument(
+        "--seconds", type=float, default=float("inf"), metavar="S", help="begin no entry later"
+    )
 
 
 def need_folder(*paths: Path | None) -> None:

@@ -5,7 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from ..bench import jobs, peers, regress, result, roof, table
 from ..bench.cases import CASES
@@ -14,6 +18,7 @@ from ..bench.sample import Settings
 from . import UserError, need_folder
 
 SAVED = Path(".benchmarks") / "hybridops"
+REHEARSAL: dict[str, Any] = {"min_time": 1e-6, "max_noise": 0.5, "timeout": 1e-3, "most_rounds": 3}
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -61,6 +66,8 @@ def _op(arguments: argparse.Namespace) -> int:
             layout=arguments.layout,
             peers=arguments.peers,
             seed=arguments.seed,
+            device=arguments.device,
+            rehearsal=arguments.dry_run,
         )
     ]
     return _measure(planned, arguments)
@@ -86,7 +93,7 @@ def _model(arguments: argparse.Namespace) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    return _measure(jobs.suite_jobs(arguments.suite), arguments)
+    return _measure(jobs.suite_jobs(arguments.suite, rehearsal=arguments.dry_run), arguments)
 
 
 def _measure(planned: list[jobs.Job], arguments: argparse.Namespace) -> int:
@@ -97,18 +104,32 @@ def _measure(planned: list[jobs.Job], arguments: argparse.Namespace) -> int:
         arguments.cache,
         arguments.seed,
     )
+    if arguments.dry_run:
+        settings = replace(settings, **REHEARSAL)
     base = result.rows_of(result.load(_saved(arguments.baseline))) if arguments.baseline else None
     if arguments.save is not None:
         _saved(arguments.save)  # a bad name is refused before anything is measured
     need_folder(arguments.json, arguments.csv)
+    rows, planned = _earlier(planned, arguments)
     bar = table.Bar(len(planned), arguments.quiet)
-    rows: list[result.Row] = []
+    code = 0
     try:
-        for found in jobs.run_jobs(planned, settings, started=bar.start, progress=bar):
+        for found in jobs.run_jobs(
+            _until(planned, arguments.stop_after),
+            settings,
+            started=bar.start,
+            progress=bar,
+            keep_going=arguments.resume,
+        ):
             rows += found
             bar.finish()
             if not arguments.quiet:
                 print(table.table(found), flush=True)
+            if arguments.resume:
+                _write(rows, arguments)
+    except jobs.Lost as error:
+        print(f"hybridops: {error}; the same command goes on in a new process", file=sys.stderr)
+        code = 1
     except KeyboardInterrupt:  # what was measured is worth a look, but is no run to save
         bar.clear()
         arguments.save = None
@@ -116,15 +137,51 @@ def _measure(planned: list[jobs.Job], arguments: argparse.Namespace) -> int:
             _write(rows, arguments)
         raise
     _write(rows, arguments)
-    code = result.exit_code(rows)
+    code = code or result.exit_code(rows)
     if base is not None:
         code = _judge(base, rows, 0.05, fail=True) or code
     return code
 
 
+def _earlier(
+    planned: list[jobs.Job], arguments: argparse.Namespace
+) -> tuple[list[result.Row], list[jobs.Job]]:
+    """The rows that an interrupted run left, and what is still to be measured."""
+    if arguments.resume and not arguments.json:
+        raise UserError("--resume goes on with the file that --json names")
+    if not (arguments.resume and arguments.json.exists()):
+        return [], planned
+    doc = result.load(arguments.json)
+    here = environment() | {"rehearsal": arguments.dry_run}
+    for key in ("gpu", "cpu", "torch", "hybridops", "git", "rehearsal"):
+        if doc["env"].get(key) != here[key]:
+            raise UserError(
+                f"{arguments.json} was measured with {key} {doc['env'].get(key)!r}, here it is "
+                f"{here[key]!r}: name another file"
+            )
+    left = jobs.unmeasured(planned, doc)
+    if not arguments.quiet:
+        kept = len(planned) - len(left)
+        print(f"{arguments.json} has {kept} of {len(planned)} comparisons", file=sys.stderr)
+    return result.rows_of(doc), left
+
+
+def _until(planned: list[jobs.Job], seconds: float | None) -> Iterator[jobs.Job]:
+    """The jobs that can begin within that time."""
+    start = time.monotonic()
+    for done, job in enumerate(planned):
+        if seconds is not None and time.monotonic() - start > seconds:
+            left = f"{len(planned) - done} of {len(planned)} comparisons"
+            print(f"stopped after {seconds:g} s with {left} to go", file=sys.stderr)
+            return
+        yield job
+
+
 def _write(rows: list[result.Row], arguments: argparse.Namespace) -> None:
     threads = tuple(sorted({row.threads for row in rows}))
-    document = result.document(environment(threads, seed=arguments.seed), rows)
+    on_gpu = any(row.device != "cpu" for row in rows)
+    env = environment(threads, seed=arguments.seed, on_gpu=on_gpu)
+    document = result.document(env | {"rehearsal": arguments.dry_run}, rows)
     if arguments.json:
         result.write_json(document, arguments.json)
     if arguments.csv:
@@ -205,6 +262,8 @@ def add_arguments(bench: argparse.ArgumentParser) -> None:
     )
     op.add_argument("--mode", type=_list_of, metavar="fwd,bwd", help="bwd: forward and backward")
     op.add_argument("--backend", default="auto", help="cpu, triton, cuda, or all (default: auto)")
+    op.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
+    _dry_run(op)
     op.add_argument(
         "--layout", help="strides of the inputs: contiguous, transposed, sliced, channels_last, …"
     )
@@ -234,6 +293,7 @@ def add_arguments(bench: argparse.ArgumentParser) -> None:
         "run", "measure what a suite file asks for", "benchmarks/hot_paths.toml --save main"
     )
     suite.add_argument("suite", type=Path, metavar="SUITE.toml")
+    _dry_run(suite)
     _measuring(suite)
 
     compare = add(
@@ -260,7 +320,16 @@ def _common(command: argparse.ArgumentParser, peers_default: str) -> None:
     _measuring(command)
 
 
+def _dry_run(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="every comparison once, small and on the CPU: proves the calls, measures nothing",
+    )
+
+
 def _measuring(command: argparse.ArgumentParser) -> None:
+    command.set_defaults(dry_run=False)
     command.add_argument(
         "--min-time",
         type=float,
@@ -289,6 +358,14 @@ def _measuring(command: argparse.ArgumentParser) -> None:
     command.add_argument("--baseline", metavar="NAME", help="compare with a kept run; 2 if slower")
     command.add_argument("--seed", type=int, default=0)
     command.add_argument("--quiet", action="store_true", help="no table, no progress")
+    command.add_argument(
+        "--resume",
+        action="store_true",
+        help="write --json after each comparison, and go on where it left off; none ends the run",
+    )
+    command.add_argument(
+        "--stop-after", type=float, metavar="S", help="begin no comparison after S seconds"
+    )
 
 
 def _list_of(text: str) -> list[str]:

@@ -92,7 +92,7 @@ def _(dy, q, k, v, bias, bias_index, key_padding_mask, out, lse, scale, needs_db
 
 
 on_gpu("attention", "attention.forward", lambda q, k, *_: (q, k.shape[1]))
-on_gpu("attention_backward", "attention.backward", lambda dy, q, k, *_: (q, k.shape[1]))
+on_gpu("attention_backward", "attention_backward.backward", lambda dy, q, k, *_: (q, k.shape[1]))
 
 
 # gradient

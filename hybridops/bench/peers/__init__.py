@@ -10,13 +10,22 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from types import ModuleType
+from typing import Any
 
 from ..task import Candidate, Skip, Task
 
-# name on the command line -> file here
+# name on the command line -> file here, or an object in it
 PEERS: dict[str, str | ModuleType] = {
     "eager": "eager",
     "sdpa": "sdpa",
+    "sdpa-flash": "sdpa_forced.FLASH",
+    "sdpa-efficient": "sdpa_forced.EFFICIENT",
+    "sdpa-cudnn": "sdpa_forced.CUDNN",
+    "sdpa-math": "sdpa_forced.MATH",
+    "flex": "flex",
+    "cudnn": "cudnn",
+    "ours-triton": "forced.TRITON",
+    "ours-cuda": "forced.CUDA",
     "channels_last": "channels_last",
     "autocast": "autocast",
     "eager-mkl512": "mkl512",
@@ -33,12 +42,16 @@ def register(name: str, module: ModuleType) -> None:
     PEERS[name] = module
 
 
-def peer(name: str) -> ModuleType:
-    """The peer's file. Raises ValueError for a name that is not known."""
+def peer(name: str) -> Any:
+    """The peer's file, or what stands for one. Raises ValueError for a name that is not known."""
     if name not in PEERS:
         raise ValueError(f"unknown peer {name!r}; there are {', '.join(PEERS)}")
     found = PEERS[name]
-    return importlib.import_module(f".{found}", __name__) if isinstance(found, str) else found
+    if not isinstance(found, str):
+        return found
+    file, _, part = found.partition(".")
+    module = importlib.import_module(f".{file}", __name__)
+    return getattr(module, part) if part else module
 
 
 def absent(name: str) -> str | None:

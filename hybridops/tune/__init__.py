@@ -1,0 +1,1 @@
+"""Refreshes the Triton kernels' tuning tables on the GPU at hand: `hybridops tune`."""

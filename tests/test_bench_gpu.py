@@ -1,0 +1,212 @@
+"""benchmarks/gpu.toml without a GPU: the sizes are the targets' own, and a run can be killed."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from test_bench_report import OURS, PEER
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+import hybridops
+from hybridops import cli
+from hybridops.bench import jobs, op_task, peers, result, table
+
+tomllib = pytest.importorskip("tomllib")
+SUITE = Path(__file__).parent.parent / "benchmarks" / "gpu.toml"
+ENTRIES = tomllib.loads(SUITE.read_text())["op"]
+SMALL = """
+[[op]]
+name = "peg"
+shape = ["cpvt_tiny,B=256,C=384,prefix=0"]
+device = "cuda"
+dtype = "bf16"
+mode = ["fwd", "bwd"]
+peers = ["ours-triton", "eager", "cudnn"]
+target = { fwd = [27, 21] }
+
+[[op]]
+name = "attention"
+shape = "levit_stage2,B=256,H=8"
+device = "cuda"
+dtype = "bf16"
+peers = ["ours-cuda", "sdpa-flash", "sdpa-efficient", "sdpa-cudnn", "flex", "compile-max"]
+
+[[op]]
+name = "attention"
+shape = "deit_small,B=256"
+device = "cuda"
+dtype = "bf16"
+peers = ["sdpa-flash", "sdpa-math"]
+"""
+
+# GFLOP and MB by hand, from the sizes (inputs and outputs once, two bytes each)
+BY_HAND = {
+    "deit_small,B=256,H=12": (30.5, 310),
+    "deit_small,B=256": (15.3, 155),
+    "levit_stage1,B=256": (3.78, 38.5),
+    "levit_stage1,B=256,D=32,Dv=64": (7.55, 77),
+    "levit_down,B=256,D=32,Dv=128": (6.3, 161),
+    "levit_stage2,B=256,H=8": (0.47, 19),
+    "swin_window,B=8192": (7.55, 308),
+    "vit_base_384,B=32,H=16": (43.6, 151),
+    "vit_base_384,B=16,H=16,Nq=1024": (68.7, 134),
+    "vit_base_384,B=16,H=16,Nq=1024,D=32": (34.4, 67),
+    "detr_encoder,B=16,H=16,Nq=1024,D=16,Dv=32": (25.8, 50),
+    "detr_encoder_padded,B=8,Nq=950": (7.4, 15.6),
+    "detr_decoder,B=8,Nk=950": (0.78, 8.6),
+    "cpvt_tiny,B=256,C=384,prefix=0": (None, 77),
+    "vit_base,B=256,packed=false": (59.2, 155),
+    "deit_tiny,B=256,packed=false": (14.8, 96),
+    "levit_256,B=256,packed=false": (94, None),
+    "resnet,B=128,packed=false": (30, 90),
+}
+
+
+@pytest.mark.parametrize("entry", ENTRIES[: len(ENTRIES) // 2], ids=lambda e: e["shape"])
+def test_sizes_are_those_that_the_targets_were_reckoned_with(entry, monkeypatch):
+    """At full size, on tensors that have no memory (nor values, that an index could be read)."""
+    file = importlib.import_module("hybridops.ops.attention")
+    monkeypatch.setattr(file, "_check_range", lambda table, index: None)
+    (case,) = op_task.find_cases(entry["name"], entry["shape"])
+    counter = FlopCounterMode(display=False)
+    with FakeTensorMode(), hybridops.use("reference"), torch.no_grad(), counter:
+        inputs = case.make_inputs(torch.bfloat16)
+        y = case.call(inputs)
+    data = [t for name, t in inputs.items() if name in op_task.DATA]
+    size = sum(t.numel() * t.element_size() for t in (*data, y)) / 1e6
+    flop = counter.get_total_flops() / 1e9
+    gflop, mb = BY_HAND.get(entry["shape"], (None, None))
+    assert gflop is None or flop == pytest.approx(gflop, rel=0.03)
+    assert mb is None or size == pytest.approx(mb, rel=0.1)
+    assert set(BY_HAND) <= {e["shape"] for e in ENTRIES}
+
+
+def test_every_row_is_in_both_halves_with_peers_that_exist():
+    half = len(ENTRIES) // 2
+    ready, compiled = ENTRIES[:half], ENTRIES[half:]
+    assert [e["shape"] for e in ready] == [e["shape"] for e in compiled]
+    assert [e.get("target") for e in ready] == [e.get("target") for e in compiled]
+    for entry in ENTRIES:
+        assert all(hasattr(peers.peer(name), "build") for name in entry["peers"])
+    planned = jobs.suite_jobs(SUITE, rehearsal=True)
+    assert len({job.key for job in planned}) == len(planned) == 2 * len(ENTRIES)
+
+
+def test_without_a_gpu_the_suite_is_refused_in_one_line(capsys):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert cli.main(["bench", "run", str(SUITE)]) == 2
+    assert "torch sees no GPU" in capsys.readouterr().err
+
+
+def start(tmp_path, *more):
+    arguments = ["bench", "run", "suite.toml", "--dry-run", "--resume", "--json", "r.json", *more]
+    return subprocess.Popen(
+        [sys.executable, "-m", "hybridops", *arguments],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_a_killed_run_loses_nothing_and_goes_on(tmp_path):
+    (tmp_path / "suite.toml").write_text(SMALL)
+    first, out = start(tmp_path), tmp_path / "r.json"
+    while not out.exists() and first.poll() is None:
+        time.sleep(0.01)
+    first.send_signal(signal.SIGKILL)
+    first.communicate()
+    assert first.returncode == -signal.SIGKILL, "it was over before it could be killed"
+    kept = result.load(out)["rows"]
+    done = {row["job"] for row in kept}
+    assert 1 <= len(done) < 4
+
+    second = start(tmp_path)
+    shown, said = second.communicate()
+    assert second.returncode == 0, shown + said
+    assert f"r.json has {len(done)} of 4 comparisons" in said
+    rows = result.load(out)["rows"]
+    assert rows[: len(kept)] == kept
+    planned = jobs.suite_jobs(tmp_path / "suite.toml", rehearsal=True)
+    named = {(job.key, name) for job in planned for name in ("hybridops", *job.peers)}
+    assert {(row["job"], row["candidate"]) for row in rows} == named
+    assert len(rows) == len(named)
+
+    # every peer was called, or says why a CPU is not for it
+    gpu_only = {"ours-triton", "ours-cuda", "sdpa-efficient", "sdpa-cudnn"}
+    for row in rows:
+        refused = row["verdict"] == "SKIPPED" and row["reason"]
+        assert row["verdict"] == "OK" or refused, row
+        flash_with_bias = row["candidate"] == "sdpa-flash" and "levit" in row["case"]
+        assert bool(refused) == (row["candidate"] in gpu_only or flash_with_bias), row
+        assert row["speedup"] is None
+        assert row["percent_of_roof"] is None
+    asked = [row["target_ms"] for row in rows if row["ours"]]
+    assert asked == [0.027, None, None, None]
+
+
+def test_a_run_stops_in_time_and_does_not_go_on_elsewhere(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("suite.toml").write_text(SMALL.partition('[[op]]\nname = "attention"')[0])
+    run = ["bench", "run", "suite.toml", "--dry-run", "--resume", "--json", "r.json", "--quiet"]
+    assert cli.main([*run, "--stop-after", "0"]) == 0
+    assert "2 of 2 comparisons to go" in capsys.readouterr().err
+    assert cli.main(run[:-2]) == 2
+    doc = json.loads(Path("r.json").read_text())
+    doc["env"]["torch"] = "1.0"
+    Path("r.json").write_text(json.dumps(doc))
+    capsys.readouterr()
+    assert cli.main(run) == 2
+    assert "measured with torch '1.0'" in capsys.readouterr().err
+
+
+def test_what_one_comparison_raises_ends_the_run_only_where_the_gpu_is_lost(monkeypatch):
+    planned = jobs.op_jobs("peg", shape=["H=4,W=4,C=8", "H=5,W=4,C=8"], threads=[1])
+    errors = iter([MemoryError("out of it\nat all"), RuntimeError("CUDA error: lost")])
+
+    def broken(*arguments, **options):
+        raise next(errors)
+
+    monkeypatch.setattr(jobs, "measure", broken)
+    run = jobs.run_jobs(planned, keep_going=True)
+    (row,) = next(run)
+    assert (row.verdict, row.reason, row.job) == (
+        "FAILED",
+        "MemoryError: out of it at all",
+        planned[0].key,
+    )
+    assert next(run)[0].verdict == "FAILED"
+    with pytest.raises(jobs.Lost, match="CUDA error"):
+        next(run)
+    doc = result.document({}, [row])
+    assert jobs.unmeasured(planned, doc) == planned[1:]
+
+
+@pytest.mark.parametrize(
+    ("ms", "words"), [(0.03, "0.0270/0.0210 missed"), (0.025, "reached"), (0.02, "stretch")]
+)
+def test_the_table_holds_ours_against_its_target(ms, words):
+    ours = replace(OURS, median_ms=ms, target_ms=0.027, stretch_ms=0.021)
+    text = table.table([ours, PEER])
+    assert words in text
+    assert "target" not in table.table([OURS, PEER])
+
+
+@pytest.mark.parametrize(
+    "target", ["{ fwd = [] }", "{ fwd = [1, 2] }", "{ bwd = [1] }", '{ fwd = ["a"] }']
+)
+def test_other_targets_are_refused(tmp_path, target):
+    (tmp_path / "s.toml").write_text(f'[[op]]\nname="peg"\nshape="cpvt_tiny"\ntarget={target}')
+    with pytest.raises(jobs.BadSuite, match="number 1: .*target"):
+        jobs.suite_jobs(tmp_path / "s.toml")
