@@ -189,7 +189,8 @@ void convolve(const Device& device, const Convolution& c, Tensor& y, const Place
                      c.position.has_value() ? c.position->stride(1) : 0,
                      (float)c.eps,
                      (int)c.activation};
-    const bool norm_behind = norm_weight.has_value() && N > 128;
+    const Widest<T> widest{};
+    const bool norm_behind = norm_weight.has_value() && N > widest.value;
     Finish<T> first = finish;
     if (norm_behind) first.norm_weight = first.norm_bias = first.position = {};
     const auto run = [&](auto rows, auto columns) {
@@ -201,12 +202,11 @@ void convolve(const Device& device, const Convolution& c, Tensor& y, const Place
     };
     const std::integral_constant<int, 32> few{};
     const std::integral_constant<int, 64> half{};
-    const std::integral_constant<int, 128> full{};
     const bool enough = divide_up(M, 128) * divide_up(N, 128) >= device.processors();
     if (N <= 32)
-      run(full, few);
+      run(std::integral_constant<int, 128>{}, few);
     else if (N > 64 && (enough || (norm_weight.has_value() && !norm_behind)))
-      run(full, full);
+      run(widest, widest);
     else
       run(half, half);
     if (norm_behind) device.launch(norm_kernel<T>, divide_up(M, 8), 256, 0, to, finish, M);

@@ -143,8 +143,9 @@ template <class T, class X>
 void weight_gradient(const Device& device, const Rows<T>& dy, const X& x, int64_t rows, int64_t N,
                      int64_t K, const Order& order, const Tensor& like, Tensor& dweight) {
   if (N * K == 0) return;
-  const bool large = N > 64 && K > 64 && sizeof(T) == 2;
-  const int64_t side = large ? 128 : 64, tiles = divide_up(N, side) * divide_up(K, side);
+  const Widest<T> widest{};
+  const bool large = N > 64 && K > 64;
+  const int64_t side = large ? widest.value : 64, tiles = divide_up(N, side) * divide_up(K, side);
   const int64_t wanted = divide_up(2 * device.processors(), tiles);
   const Slices slices{rows, round_up(std::max<int64_t>(divide_up(rows, wanted), 256), 64)};
   const Tensor sums = empty(like, {slices.count(), N, K}, ScalarType::Float);
@@ -159,8 +160,8 @@ void weight_gradient(const Device& device, const Rows<T>& dy, const X& x, int64_
       device.launch(weight_gradient_kernel<T, kSide, X>, slices.count() * tiles, Tile::kThreads,
                     Tile::bytes(), dy, x, memory_of<float>(sums), slices, (int)N, (int)K);
   };
-  if constexpr (sizeof(T) == 2)
-    large ? run(std::integral_constant<int, 128>{}) : run(std::integral_constant<int, 64>{});
+  if (large)
+    run(widest);
   else
     run(std::integral_constant<int, 64>{});
   device.launch(add_slices_kernel<T>, divide_up(N * K, 256), 256, 0, memory_of<const float>(sums),

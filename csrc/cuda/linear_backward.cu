@@ -67,7 +67,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward(Tensor dy, Tensor x, Tensor w
                     Tile::kThreads, Tile::bytes(), from, by, memory_of<T>(dx), M, (int)N, (int)K);
     };
     if (divide_up(M, 128) * divide_up(K, 128) >= device.processors())
-      run(std::integral_constant<int, 128>{});
+      run(Widest<T>{});
     else if (M * K > 0)
       run(std::integral_constant<int, 64>{});
     weight_gradient(device, from, inputs, M, N, K, Order{1, (int)std::max<int64_t>(K, 1), 0, 0, 1},

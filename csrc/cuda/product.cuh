@@ -16,6 +16,11 @@ struct Rows {
   bool whole;
 };
 
+// The larger of two sides of a tile for convolutions and gradients. fp32 multiplies three times for
+// each load, so its tiles need not be large.
+template <class T>
+using Widest = std::integral_constant<int, sizeof(T) == 2 ? 128 : 64>;
+
 // An operand lies in shared memory as (rows of the product, numbers of the sum), or, kDown, as it
 // has to be where memory has it so: (numbers of the sum, rows). Each warp has 32 rows by half the
 // columns in registers.
