@@ -17,6 +17,7 @@ from torch import nn
 from .fast import Fast, dotted
 
 _HERE = "hybridops.optimize"
+_SWIN = "timm.models.swin_transformer"
 _DETR = "transformers.models.detr.modeling_detr:Detr"
 RULES: dict[str, str | type[Fast]] = {
     "hybridops.models.levit:Levit": f"{_HERE}.ours:FastLevit",
@@ -65,6 +66,54 @@ RULES: dict[str, str | type[Fast]] = {
     "timm.models.twins:PosConv": f"{_HERE}.timm_twins:FastPosConv",
     "timm.models.twins:LocallyGroupedAttn": f"{_HERE}.timm_twins:FastLocallyGroupedAttn",
     "timm.models.twins:GlobalSubSampleAttn": f"{_HERE}.timm_twins:FastGlobalSubSampleAttn",
+    f"{_SWIN}:WindowAttention": f"{_HERE}.timm_swin:FastWindowAttention",
+    f"{_SWIN}:SwinTransformerBlock": f"{_HERE}.timm_swin:FastBlock",
+    f"{_SWIN}:PatchMerging": f"{_HERE}.timm_swin:FastPatchMerging",
+    f"{_SWIN}_v2:WindowAttention": f"{_HERE}.timm_swin:FastWindowAttentionV2",
+    f"{_SWIN}_v2:PatchMerging": f"{_HERE}.timm_swin:FastPatchMergingV2",
+    "timm.models.pvt_v2:Attention": f"{_HERE}.timm_pvt:FastAttention",
+    "timm.models.pvt_v2:MlpWithDepthwiseConv": f"{_HERE}.timm_pvt:FastMlpWithDepthwiseConv",
+    "timm.models.pvt_v2:Block": f"{_HERE}.timm_pvt:FastBlock",
+    "timm.models.pvt_v2:OverlapPatchEmbed": f"{_HERE}.timm_pvt:FastOverlapPatchEmbed",
+    "timm.models.maxxvit:AttentionCl": f"{_HERE}.timm_maxvit:FastAttentionCl",
+    "timm.models.maxxvit:Attention2d": f"{_HERE}.timm_maxvit:FastAttention2d",
+    "timm.models.maxxvit:PartitionAttentionCl": f"{_HERE}.timm_maxvit:FastPartitionAttentionCl",
+    "timm.models.coat:ConvPosEnc": f"{_HERE}.timm_peg:FastCoatConvPosEnc",
+    "timm.models.davit:ConvPosEnc": f"{_HERE}.timm_peg:FastDavitConvPosEnc",
+    "timm.models.fastvit:RepConditionalPosEnc": f"{_HERE}.timm_peg:FastRepConditionalPosEnc",
+    "timm.models.xcit:LPI": f"{_HERE}.timm_peg:FastLPI",
+    "timm.models.davit:WindowAttention": f"{_HERE}.timm_attention:FastWindowAttention",
+    "timm.models.fastvit:Attention": f"{_HERE}.timm_attention:FastFastVitAttention",
+    "timm.models.efficientformer:Attention": f"{_HERE}.timm_attention:FastEfficientFormerAttention",
+    "timm.models.efficientformer:MetaBlock1d": f"{_HERE}.timm_attention:FastMetaBlock1d",
+    "timm.models.tiny_vit:Attention": f"{_HERE}.timm_attention:FastTinyVitAttention",
+    "timm.models.tiny_vit:NormMlp": f"{_HERE}.timm_attention:FastNormMlp",
+    "timm.models.beit:Attention": f"{_HERE}.timm_attention:FastBeitAttention",
+    "timm.models.beit:Block": f"{_HERE}.timm_attention:FastBeitBlock",
+    "timm.models.eva:EvaAttention": f"{_HERE}.timm_attention:FastEvaAttention",
+    "timm.models.cait:ClassAttn": f"{_HERE}.timm_attention:FastClassAttn",
+    "timm.models.crossvit:CrossAttention": f"{_HERE}.timm_attention:FastCrossAttention",
+}
+_CHANNELS = "channel attention: scores between channels, not tokens"
+_TALKING = "talking heads: products across heads before and behind the softmax"
+_DIFFERENTIAL = "differential attention: the difference of two softmaxes"
+UNSERVED: dict[str, str] = {
+    # known classes that no kernel serves: their line in the report says why
+    "timm.models.xcit:XCA": _CHANNELS,
+    "timm.models.davit:ChannelAttention": _CHANNELS,
+    "timm.models.davit:ChannelAttentionV2": _CHANNELS,
+    "timm.models.coat:FactorAttnConvRelPosEnc": "factorised attention: its softmax is over tokens, "
+    "before any scores",
+    "timm.models.mobilevit:LinearSelfAttention": "separable attention: one context vector, no "
+    "scores between tokens",
+    "timm.models.cait:TalkingHeadAttn": _TALKING,
+    "timm.models.efficientformer_v2:Attention2d": _TALKING,
+    "timm.models.efficientformer_v2:Attention2dDownsample": _TALKING,
+    "timm.models.vision_transformer:ParallelScalingBlock": "attention and MLP share one product",
+    "timm.models.vision_transformer:DiffParallelScalingBlock": _DIFFERENTIAL,
+    "timm.layers.diff_attention:DiffAttention": _DIFFERENTIAL,
+    "timm.models.maxxvit:ParallelPartitionAttention": "two attentions share one "
+    "product behind them; each is served",
 }
 _plugins_loaded = False
 
@@ -112,6 +161,8 @@ def find(module: nn.Module) -> tuple[type[Fast] | None, str | None]:
     rule = RULES.get(dotted(cls))
     if rule is not None:
         return _load(rule), None
+    if dotted(cls) in UNSERVED:
+        return None, UNSERVED[dotted(cls)]
     base = next((b for b in cls.__mro__ if dotted(b) in RULES), None)
     if base is None:
         return None, None

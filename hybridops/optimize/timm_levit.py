@@ -1,7 +1,8 @@
 """timm's LeViT: BatchNorm in the weights, Hardswish in the kernels, the bias spread out once.
 
 In inference a block is two dispatches. In training the layers keep their BatchNorm modules, and the
-attention reads its bias through the index, so that the table gets its gradient.
+attention reads its bias through the index, so that the table gets its gradient. The conv variants
+(`use_conv`) are served in inference only, as tokens: between channels_last images those are views.
 """
 
 from __future__ import annotations
@@ -44,11 +45,14 @@ from .fast import (
     not_one_of,
     not_plain_conv,
     not_plain_linear,
+    not_pointwise,
+    original_class,
     packed_linear,
 )
+from .grid import image_of, tokens_of
 from .ours import averaged_heads
 
-USE_CONV = "use_conv: its NCHW products have no kernel"
+USE_CONV = "use_conv: training keeps its 1 x 1 convolutions as they are"
 
 
 class FastLinearNorm(Fast, LinearNorm):
@@ -169,23 +173,49 @@ class FastStem16(_Stem, Stem16):
     pass
 
 
-def _not_linear_norm(name, module):
-    reason = not_one_of(name, module, LinearNorm)
+def _not_product(name, module, mode):
+    """Why this is not a linear layer and its norm, or a 1 x 1 convolution and its norm."""
+    reason = not_one_of(name, module, LinearNorm, ConvNorm)
     if reason:
         return reason
-    reason = FastLinearNorm.unserved(module, "inference")
+    if original_class(module) is LinearNorm:
+        reason = FastLinearNorm.unserved(module, mode)
+    elif mode == "train":
+        return USE_CONV
+    else:
+        reason = not_pointwise("linear", module.linear) or FastConvNorm.unserved(module, mode)
     return reason and f"{name}: {reason}"
+
+
+def _product(layer):
+    """A LinearNorm, or a ConvNorm of one pixel, as weights on tokens."""
+    if isinstance(layer, LinearNorm):
+        return batch_normed(layer.linear, layer.bn)
+    conv = layer.linear
+    return packed_linear(*fold_behind(conv.weight.flatten(1), conv.bias, layer.bn))
+
+
+def _tokens(x):
+    """The conv variants' images as tokens; tokens as they are."""
+    return tokens_of(x) if x.ndim == 4 else x
+
+
+def _on_tokens(layer, x):
+    return image_of(layer(tokens_of(x)), x) if x.ndim == 4 else layer(x)
+
+
+def _halved(x, stride):
+    """The grid of every stride-th row and column of an image."""
+    return tuple((side - 1) // stride + 1 for side in x.shape[2:])
 
 
 class FastAttention(Fast, Attention):
     @classmethod
     def unserved(cls, module, mode):
-        if module.use_conv:
-            return USE_CONV
         return first(
             (
-                _not_linear_norm("qkv", module.qkv),
-                _not_linear_norm("proj.ln", module.proj.ln),
+                _not_product("qkv", module.qkv, mode),
+                _not_product("proj.ln", module.proj.ln, mode),
                 not_activation("proj.act", module.proj.act),
             )
         )
@@ -198,16 +228,15 @@ class FastAttention(Fast, Attention):
         plan = self._hybridops_plan
         weights = plan.derived(self, x)
         if weights is not None:
-            return self._folded(x, weights, False)
-        if not plan.intact():
+            return _on_tokens(lambda tokens: self._folded(tokens, weights, False), x)
+        if self.use_conv or not plan.intact():
             return Attention.forward(self, x)
         out = self._attend(self.qkv(x), self.attention_biases, self.attention_bias_idxs)
         return self.proj.ln(out)
 
     def derive(self):
-        qkv, proj = self.qkv, self.proj.ln
         bias = self.attention_biases[:, self.attention_bias_idxs][None]  # spread out, once
-        return batch_normed(qkv.linear, qkv.bn), bias, batch_normed(proj.linear, proj.bn)
+        return _product(self.qkv), bias, _product(self.proj.ln)
 
     def _folded(self, x, weights, residual):
         qkv, scores, proj = weights
@@ -238,14 +267,12 @@ class FastAttention(Fast, Attention):
 class FastAttentionDownsample(Fast, AttentionDownsample):
     @classmethod
     def unserved(cls, module, mode):
-        if module.use_conv:
-            return USE_CONV
         return first(
             (
-                _not_linear_norm("kv", module.kv),
-                not_one_of("q.down", module.q.down, Downsample),
-                _not_linear_norm("q.ln", module.q.ln),
-                _not_linear_norm("proj.ln", module.proj.ln),
+                _not_product("kv", module.kv, mode),
+                not_one_of("q.down", module.q.down, Downsample, nn.AvgPool2d),
+                _not_product("q.ln", module.q.ln, mode),
+                _not_product("proj.ln", module.proj.ln, mode),
                 not_activation("proj.act", module.proj.act),
             )
         )
@@ -258,21 +285,22 @@ class FastAttentionDownsample(Fast, AttentionDownsample):
         plan = self._hybridops_plan
         weights = plan.derived(self, x)
         if weights is not None:
-            return self._folded(x, weights)
-        if not plan.intact():
+            y = self._folded(x, weights)
+            return image_of(y, x, _halved(x, self.stride)) if x.ndim == 4 else y
+        if self.use_conv or not plan.intact():
             return AttentionDownsample.forward(self, x)
         out = self._attend(self.q(x), self.kv(x), self.attention_biases, self.attention_bias_idxs)
         return self.proj.ln(out)
 
     def derive(self):
         layers = (self.kv, self.q.ln, self.proj.ln)
-        kv, q, proj = (batch_normed(layer.linear, layer.bn) for layer in layers)
+        kv, q, proj = map(_product, layers)
         return kv, q, self.attention_biases[:, self.attention_bias_idxs][None], proj
 
     def _folded(self, x, weights):
         (weight, bias, packed), q, scores, proj = weights
-        kv = linear(x, weight, bias, packed=packed)
-        q = linear(self.q.down(x), q.weight, q.bias, packed=q.packed)
+        kv = linear(_tokens(x), weight, bias, packed=packed)
+        q = linear(_tokens(self.q.down(x)), q.weight, q.bias, packed=q.packed)
         out = self._attend(q, kv, scores, None)
         return linear(out, proj.weight, proj.bias, packed=proj.packed)
 
@@ -290,14 +318,14 @@ class FastAttentionDownsample(Fast, AttentionDownsample):
 class FastLevitMlp(Fast, LevitMlp):
     @classmethod
     def unserved(cls, module, mode):
-        if isinstance(module.ln1, ConvNorm):
-            return USE_CONV
         if mode == "train":
+            if isinstance(module.ln1, ConvNorm):
+                return USE_CONV
             return "training keeps the norms between the products; ln1 and ln2 are served"
         return first(
             (
-                _not_linear_norm("ln1", module.ln1),
-                _not_linear_norm("ln2", module.ln2),
+                _not_product("ln1", module.ln1, mode),
+                _not_product("ln2", module.ln2, mode),
                 not_activation("act", module.act),
             )
         )
@@ -308,10 +336,12 @@ class FastLevitMlp(Fast, LevitMlp):
 
     def forward(self, x):
         weights = self._hybridops_plan.derived(self, x)
-        return LevitMlp.forward(self, x) if weights is None else self._folded(x, weights, False)
+        if weights is None:
+            return LevitMlp.forward(self, x)
+        return _on_tokens(lambda tokens: self._folded(tokens, weights, False), x)
 
     def derive(self):
-        return tuple(batch_normed(layer.linear, layer.bn) for layer in (self.ln1, self.ln2))
+        return _product(self.ln1), _product(self.ln2)
 
     def _folded(self, x, weights, residual):
         activation = self._hybridops_plan.facts
@@ -341,8 +371,11 @@ class FastLevitBlock(Fast, LevitBlock):
         if weights is None:
             return LevitBlock.forward(self, x)
         attn, mlp = weights
-        x = self.attn._folded(x, attn, True)
-        return self.mlp._folded(x, mlp, True)
+
+        def folded(tokens):
+            return self.mlp._folded(self.attn._folded(tokens, attn, True), mlp, True)
+
+        return _on_tokens(folded, x)
 
     def derive(self):
         attn, mlp = self.attn, self.mlp
@@ -368,8 +401,8 @@ class FastLevitDownsample(Fast, LevitDownsample):
         if weights is None:
             return LevitDownsample.forward(self, x)
         attn, mlp = weights
-        x = self.attn_downsample._folded(x, attn)
-        return self.mlp._folded(x, mlp, True)
+        y = self.mlp._folded(self.attn_downsample._folded(x, attn), mlp, True)
+        return image_of(y, x, _halved(x, self.attn_downsample.stride)) if x.ndim == 4 else y
 
     def derive(self):
         attn, mlp = self.attn_downsample, self.mlp
@@ -391,8 +424,6 @@ class FastLevitDistilled(Fast, LevitDistilled):
     def unserved(cls, module, mode):
         if mode == "train":
             return "training keeps the two heads apart; each is served"
-        if module.use_conv:
-            return USE_CONV
         return first(
             (
                 _unserved_part("head", module.head, FastNormLinear),
@@ -409,7 +440,7 @@ class FastLevitDistilled(Fast, LevitDistilled):
         weights = self._hybridops_plan.derived(self, x) if averages else None
         if weights is None:
             return LevitDistilled.forward_head(self, x, pre_logits)
-        return linear(x.mean(1), weights.weight, weights.bias, packed=weights.packed)
+        return linear(_tokens(x).mean(1), weights.weight, weights.bias, packed=weights.packed)
 
     def derive(self):
         return averaged_heads((self.head, self.head_dist))

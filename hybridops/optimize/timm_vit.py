@@ -2,56 +2,25 @@
 
 from __future__ import annotations
 
-from timm.layers import DropPath, LayerScale
 from timm.layers.attention import Attention
-from timm.layers.mlp import Mlp
-from timm.layers.norm import LayerNorm
 from timm.models.vision_transformer import Block
 from torch import nn
 
 from .block import block_weights, run_block
-from .fast import (
-    Fast,
-    activation_name,
-    fall_back,
-    first,
-    not_layer_norm,
-    not_one_of,
-)
-from .timm_layers import FastAttention, FastMlp
+from .fast import Fast, activation_name, fall_back
+from .timm_block import PARTS, not_pre_norm
+from .timm_layers import FastAttention
 
 
 class FastBlock(Fast, Block):
     @classmethod
     def unserved(cls, module, mode):
-        attn, mlp = module.attn, module.mlp
-        reason = first(
-            (
-                not_one_of("attn", attn, Attention),
-                not_one_of("mlp", mlp, Mlp),
-                not_layer_norm("norm1", module.norm1, LayerNorm),
-                not_layer_norm("norm2", module.norm2, LayerNorm),
-                not_one_of("ls1", module.ls1, nn.Identity, LayerScale),
-                not_one_of("ls2", module.ls2, nn.Identity, LayerScale),
-                not_one_of("drop_path1", module.drop_path1, nn.Identity, DropPath),
-                not_one_of("drop_path2", module.drop_path2, nn.Identity, DropPath),
-            )
-        )
-        if reason:
+        if mode == "train":
+            return PARTS
+        reason = not_pre_norm(module, {Attention: FastAttention})
+        if reason or type(module.attn.norm) is nn.Identity:
             return reason
-        reason = FastAttention.unserved(attn, "inference")
-        if reason:
-            return f"attn: {reason}"
-        reason = FastMlp.unserved(mlp, "inference")
-        if reason:
-            return f"mlp: {reason}"
-        if type(attn.norm) is not nn.Identity or type(mlp.norm) is not nn.Identity:
-            return "a norm inside attn or mlp; those are served on their own"
-        return (
-            "training keeps the block as it is; attn and mlp are served"
-            if mode == "train"
-            else None
-        )
+        return "a norm inside attn; the parts are served"
 
     @classmethod
     def facts(cls, module):
