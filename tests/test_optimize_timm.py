@@ -130,7 +130,7 @@ def davit():
     return WindowAttention(24, (3, 5), 3), [torch.randn(4, 15, 24)]
 
 
-def davit_peg(act, channels_last=False):
+def davit_peg(act, channels_last=True):
     from timm.models.davit import ConvPosEnc
 
     x = torch.randn(2, 20, 7, 5)
@@ -148,12 +148,6 @@ def fastvit():
     from timm.models.fastvit import Attention
 
     return Attention(24, 8), [torch.randn(2, 24, 3, 5)]
-
-
-def fastvit_peg(merged):
-    from timm.models.fastvit import RepConditionalPosEnc
-
-    return RepConditionalPosEnc(20, inference_mode=merged), [torch.randn(2, 20, 9, 5)]
 
 
 def xcit_lpi():
@@ -182,6 +176,42 @@ def eva(rope=False, **options):
 
     layer = EvaAttention(24, 3, norm_layer=nn.LayerNorm, **options)
     return layer, [torch.randn(2, 16, 24), *([torch.randn(15, 16)] if rope else [])]
+
+
+def rope_attention(**options):
+    from timm.layers.attention import AttentionRope
+
+    return AttentionRope(24, 3, **options), [torch.randn(2, 16, 24), torch.randn(15, 16)]
+
+
+def nest():
+    from timm.models.nest import Attention
+
+    return Attention(24, 3), [torch.randn(2, 4, 15, 24)]
+
+
+def swin_cr(masked=False):
+    from timm.models.swin_transformer_v2_cr import WindowMultiHeadAttention
+
+    mask = [-100.0 * (torch.rand(3, 15, 15) < 0.3)] if masked else []
+    layer = WindowMultiHeadAttention(24, 3, (3, 5))
+    layer.meta_mlp.drop1.p = 0.0  # else no two runs in training are alike
+    return layer, [torch.randn(6, 15, 24), *mask]
+
+
+def relpos(**options):
+    from timm.models.vision_transformer_relpos import RelPosAttention
+
+    kind = rel_pos("bias", (3, 5))
+    return RelPosAttention(24, 3, rel_pos_cls=kind, **options), [torch.randn(2, 15, 24)]
+
+
+def relpos_block(shared=False):
+    from timm.models.vision_transformer_relpos import RelPosBlock
+
+    kind = None if shared else rel_pos("mlp", (3, 5))
+    bias = [torch.randn(1, 3, 15, 15)] if shared else []
+    return RelPosBlock(24, 3, rel_pos_cls=kind, init_values=0.5), [torch.randn(2, 15, 24), *bias]
 
 
 def cait():
@@ -241,11 +271,10 @@ CASES = {
     "efficientformer-block": meta_block,
     "davit": davit,
     "davit-peg": lambda: davit_peg(False),
-    "davit-peg-act": lambda: davit_peg(True, channels_last=True),
+    "davit-peg-act": lambda: davit_peg(True),
+    "davit-peg-nchw": lambda: davit_peg(True, channels_last=False),
     "coat-peg": coat_peg,
     "fastvit": fastvit,
-    "fastvit-peg": lambda: fastvit_peg(False),
-    "fastvit-peg-merged": lambda: fastvit_peg(True),
     "xcit-lpi": xcit_lpi,
     "beit": beit,
     "beit-shared": lambda: beit(shared=True),
@@ -255,6 +284,15 @@ CASES = {
     "eva": lambda: eva(rope=True),
     "eva-unfused": lambda: eva(rope=True, qkv_fused=False, rotate_half=True),
     "eva-normed": lambda: eva(qk_norm=True, scale_norm=False),
+    "rope": rope_attention,
+    "rope-unfused": lambda: rope_attention(qkv_fused=False, num_prefix_tokens=1),
+    "nest": nest,
+    "swin-cr": swin_cr,
+    "swin-cr-masked": lambda: swin_cr(masked=True),
+    "relpos": relpos,
+    "relpos-normed": lambda: relpos(qk_norm=True),
+    "relpos-block": relpos_block,
+    "relpos-block-shared": lambda: relpos_block(shared=True),
     "cait": cait,
     "crossvit": crossvit,
     "levit-conv": levit_conv,

@@ -128,6 +128,7 @@ class Fast:
     replaces: ClassVar[type[nn.Module]]
     overrides: ClassVar[str] = "forward"  # the method it overrides: verify() compares its results
     channels_last: ClassVar[bool] = False  # runs oneDNN's channels_last convolutions: see verify()
+    immaterial: ClassVar[tuple[str, ...]] = ()  # ends of the names of tensors that cancel out
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

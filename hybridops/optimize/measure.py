@@ -176,6 +176,7 @@ def _rms(x: Tensor) -> float:
 def plant(module: Any, seed: int) -> Iterator[str]:
     """Disturb a few of the layer's tensors, one at a time; yields while the fault is in place."""
     own = [(name, t) for name, t in _own_tensors(module) if t.is_floating_point() and t.numel()]
+    own = [(name, t) for name, t in own if not name.endswith(module.immaterial)]
     generator = torch.Generator().manual_seed(seed)
     for name, tensor in own[:: max(1, -(-len(own) // FAULTS))]:
         # fp32: 0.4 %, bf16: as large as the tensor itself

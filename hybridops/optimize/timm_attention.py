@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from timm.layers import apply_rot_embed_cat
 from timm.layers.norm import LayerNorm
 from timm.models.beit import Attention as BeitAttention
 from timm.models.beit import Block as BeitBlock
@@ -12,8 +11,8 @@ from timm.models.crossvit import CrossAttention
 from timm.models.davit import WindowAttention
 from timm.models.efficientformer import Attention as EfficientFormerAttention
 from timm.models.efficientformer import MetaBlock1d
-from timm.models.eva import EvaAttention
 from timm.models.fastvit import Attention as FastVitAttention
+from timm.models.nest import Attention as NestAttention
 from timm.models.tiny_vit import Attention as TinyVitAttention
 from timm.models.tiny_vit import NormMlp
 
@@ -22,7 +21,6 @@ from ..ops import attention, linear, mlp_layer
 from .fast import (
     Fast,
     activation_name,
-    fall_back,
     first,
     norm_of,
     not_activation,
@@ -39,6 +37,19 @@ from .timm_block import PreNormBlock
 
 class FastWindowAttention(QkvAttention, WindowAttention):
     pass
+
+
+class FastNestAttention(QkvAttention, NestAttention):
+    """NesT's heads lie side by side in its output, feature by feature."""
+
+    def products(self):
+        proj = self.proj
+        turned = proj.weight.unflatten(1, (-1, self.num_heads)).transpose(1, 2).flatten(1)
+        return as_they_are(self.qkv), Weights(turned, proj.bias, None)
+
+    def forward(self, x):
+        y = self.attended(x.flatten(0, 1))
+        return NestAttention.forward(self, x) if y is None else y.view(x.shape)
 
 
 class FastFastVitAttention(QkvAttention, FastVitAttention):
@@ -113,6 +124,8 @@ class FastNormMlp(Fast, NormMlp):
 
 
 class FastBeitAttention(QkvAttention, BeitAttention):
+    immaterial = ("k_bias",)  # q's product with it is the same for all keys: softmax cancels it
+
     def products(self):
         return split_bias(self), as_they_are(self.proj)
 
@@ -128,6 +141,7 @@ class FastBeitAttention(QkvAttention, BeitAttention):
 
 class FastBeitBlock(PreNormBlock, BeitBlock):
     rule = FastBeitAttention
+    immaterial = FastBeitAttention.immaterial
 
     def gammas(self):
         return self.gamma_1, self.gamma_2
@@ -139,59 +153,11 @@ class FastBeitBlock(PreNormBlock, BeitBlock):
         return self.fed_forward(self.attended(x, weights, shared_rel_pos_bias), weights)
 
 
-class FastEvaAttention(QkvAttention, EvaAttention):
-    """EVA-02: q and k normed and rotated in between."""
-
-    changes_qk = True
-
-    @classmethod
-    def unserved(cls, module, mode):
-        if module.gate is not None:
-            return "gated"
-        if module.qkv is not None:
-            return super().unserved(module, mode)
-        return dropout_in_training(module, mode) or first(
-            not_plain_linear(name, getattr(module, name))
-            for name in ("q_proj", "k_proj", "v_proj", "proj")
-        )
-
-    @classmethod
-    def facts(cls, module):
-        return module.num_heads, module.head_dim
-
-    def products(self):
-        if self.qkv is not None:
-            return split_bias(self), as_they_are(self.proj)
-        q, k, v = self.q_proj, self.k_proj, self.v_proj
-        bias = None if q.bias is None else torch.cat([q.bias, torch.zeros_like(q.bias), v.bias])
-        weight = torch.cat([q.weight, k.weight, v.weight])
-        return Weights(weight, bias, None), as_they_are(self.proj)
-
-    def changed(self, q, k, rope=None):
-        q, k = self.q_norm(q), self.k_norm(k)
-        return (q, k) if rope is None else (self._rotated(q, rope), self._rotated(k, rope))
-
-    def _rotated(self, x, rope):
-        half, prefix = getattr(self, "rotate_half", False), self.num_prefix_tokens
-        x = x.transpose(1, 2)  # rope is (tokens, features), or one for each image and head
-        rotated = apply_rot_embed_cat(x[:, :, prefix:], rope, half=half)
-        return torch.cat([x[:, :, :prefix], rotated], dim=2).type_as(x).transpose(1, 2)
-
-    def between(self, out):
-        return self.norm(out)
-
-    def forward(self, x, rope=None, attn_mask=None, is_causal=False):
-        if attn_mask is not None or is_causal:
-            fall_back("timm EvaAttention", "mask")
-            return EvaAttention.forward(self, x, rope, attn_mask, is_causal)
-        y = self.attended(x, how=(rope,))
-        return EvaAttention.forward(self, x, rope) if y is None else y
-
-
 class _ClassAttention(Fast):
     """Base of the rules for attention of the first token to all."""
 
     names = ("q", "k", "v")
+    immaterial = ("k.bias",)  # softmax cancels it
 
     @classmethod
     def unserved(cls, module, mode):
@@ -235,3 +201,4 @@ class FastClassAttn(_ClassAttention, ClassAttn):
 
 class FastCrossAttention(_ClassAttention, CrossAttention):
     names = ("wq", "wk", "wv")
+    immaterial = ("wk.bias",)

@@ -1,9 +1,11 @@
-"""timm's MaxViT and CoAtNet: attention over windows, over grids, and in the layout of images."""
+"""timm's MaxViT, CoAtNet and ViTs with relative positions: attention with a rel_pos module."""
 
 from __future__ import annotations
 
 from timm.layers.pos_embed_rel import RelPosBias
 from timm.models.maxxvit import Attention2d, AttentionCl, PartitionAttentionCl
+from timm.models.vision_transformer_relpos import RelPosAttention, RelPosBlock
+from torch import nn
 
 from ..nn._derived import Weights
 from .fast import first, not_pointwise
@@ -11,9 +13,13 @@ from .grid import from_grids, from_windows, image_of, into_grids, into_windows, 
 from .qkv import QkvAttention, dropout_in_training
 from .timm_block import PreNormBlock
 
+_SHIFT = ("rel_pos.mlp.fc2.bias",)  # the same for all scores of a head: softmax cancels it
+
 
 class _RelPosAttention(QkvAttention):
     """Base: a bias of its own (timm's rel_pos modules), or one that is shared and passed in."""
+
+    immaterial = _SHIFT
 
     @classmethod
     def facts(cls, module):
@@ -35,6 +41,37 @@ class _RelPosAttention(QkvAttention):
     def shared(self, shared_rel_pos):
         """What of a shared bias counts: nothing beside an own one."""
         return shared_rel_pos if self.rel_pos is None else None
+
+
+class FastRelPosAttention(_RelPosAttention, RelPosAttention):
+    interleaved = False
+
+    @classmethod
+    def facts(cls, module):
+        return module.num_heads, module.head_dim
+
+    @property
+    def changes_qk(self):
+        return type(self.q_norm) is not nn.Identity
+
+    def changed(self, q, k):
+        return self.q_norm(q), self.k_norm(k)
+
+    def forward(self, x, shared_rel_pos=None):
+        y = self.attended(x, self.shared(shared_rel_pos))
+        return RelPosAttention.forward(self, x, shared_rel_pos) if y is None else y
+
+
+class FastRelPosBlock(PreNormBlock, RelPosBlock):
+    rule = FastRelPosAttention
+    immaterial = _SHIFT
+
+    def forward(self, x, shared_rel_pos=None):
+        weights = self._hybridops_plan.derived(self, x)
+        if weights is None:
+            return RelPosBlock.forward(self, x, shared_rel_pos)
+        shared = self.attn.shared(shared_rel_pos)
+        return self.fed_forward(self.attended(x, weights, shared), weights)
 
 
 class FastAttentionCl(_RelPosAttention, AttentionCl):
@@ -70,6 +107,7 @@ class FastAttention2d(_RelPosAttention, Attention2d):
 
 class FastPartitionAttentionCl(PreNormBlock, PartitionAttentionCl):
     rule = FastAttentionCl
+    immaterial = _SHIFT
 
     def forward(self, x):
         weights = self._hybridops_plan.derived(self, x)

@@ -4,25 +4,22 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from timm.models.coat import ConvPosEnc as CoatConvPosEnc
 from timm.models.davit import ConvPosEnc as DavitConvPosEnc
-from timm.models.fastvit import RepConditionalPosEnc
 from timm.models.xcit import LPI
 from torch import nn
 
-from ..nn._derived import norm_affine
 from ..ops import peg
 from .fast import (
     Fast,
     activation_name,
+    fall_back,
     first,
     not_activation,
-    not_foldable_norm,
     not_one_of,
     not_plain_weight,
 )
-from .grid import image_of, tokens_of
+from .grid import image_of, is_channels_last, tokens_of
 
 
 def not_depthwise(name: str, conv: Any) -> str | None:
@@ -74,31 +71,20 @@ class FastDavitConvPosEnc(Fast, DavitConvPosEnc):
 
     def forward(self, x):
         plan = self._hybridops_plan
+        if not is_channels_last(x):  # with a copy into tokens it would take 1.8 times torch's time
+            fall_back("timm davit ConvPosEnc", "an image that is not channels_last")
+            return DavitConvPosEnc.forward(self, x)
         if not plan.intact():
             return DavitConvPosEnc.forward(self, x)
         y = depthwise(self.proj, tokens_of(x), x.shape[2:], residual=True, activation=plan.facts)
         return image_of(y, x)
 
 
-class FastRepConditionalPosEnc(Fast, RepConditionalPosEnc):
-    @classmethod
-    def unserved(cls, module, mode):
-        if module.reparam_conv is not None:
-            return not_depthwise("reparam_conv", module.reparam_conv)
-        return not_depthwise("pos_enc", module.pos_enc)
-
-    def forward(self, x):
-        if not self._hybridops_plan.intact():
-            return RepConditionalPosEnc.forward(self, x)
-        merged = self.reparam_conv  # after reparameterize() the residual is in its weights
-        conv = self.pos_enc if merged is None else merged
-        return image_of(depthwise(conv, tokens_of(x), x.shape[2:], residual=merged is None), x)
-
-
 class FastLPI(Fast, LPI):
     """XCiT's local interaction: two depthwise convolutions, GELU and a BatchNorm between them.
 
-    The norm's shift cannot go into the second convolution, which puts zeros around the normed grid.
+    The norm stays torch's: its shift cannot go into the second convolution, which puts zeros around
+    the normed grid.
     """
 
     @classmethod
@@ -107,7 +93,7 @@ class FastLPI(Fast, LPI):
             (
                 not_depthwise("conv1", module.conv1),
                 not_activation("act", module.act),
-                not_foldable_norm("bn", module.bn, nn.BatchNorm2d),
+                not_one_of("bn", module.bn, nn.BatchNorm2d),
                 not_depthwise("conv2", module.conv2),
             )
         )
@@ -118,18 +104,8 @@ class FastLPI(Fast, LPI):
 
     def forward(self, x, H, W):
         plan = self._hybridops_plan
-        affine = plan.derived(self, x)
-        if affine is None and not plan.intact():
+        if not plan.intact():
             return LPI.forward(self, x, H, W)
         hidden = depthwise(self.conv1, x, (H, W), activation=plan.facts)
-        if affine is None:
-            image = hidden.transpose(1, 2).unflatten(2, (H, W))
-            hidden = tokens_of(self.bn(image))
-        else:
-            hidden = torch.addcmul(affine[1], hidden, affine[0])
-        return depthwise(self.conv2, hidden, (H, W))
-
-    def derive(self):
-        scale, shift = norm_affine(self.bn)
-        dtype = self.conv2.weight.dtype
-        return scale.to(dtype), shift.to(dtype)
+        image = hidden.transpose(1, 2).unflatten(2, (H, W))
+        return depthwise(self.conv2, tokens_of(self.bn(image)), (H, W))

@@ -10,6 +10,7 @@ from timm.layers.norm import LayerNorm
 from timm.models.swin_transformer import PatchMerging, SwinTransformerBlock, WindowAttention
 from timm.models.swin_transformer_v2 import PatchMerging as PatchMergingV2
 from timm.models.swin_transformer_v2 import WindowAttention as WindowAttentionV2
+from timm.models.swin_transformer_v2_cr import WindowMultiHeadAttention
 
 from ..ops import linear
 from .fast import Fast, norm_of, not_layer_norm, not_plain_linear, one_dtype, scaled
@@ -50,11 +51,24 @@ class FastBlock(PreNormBlock, SwinTransformerBlock):
         return torch.roll(x, shift, (1, 2)) if shifted else x
 
 
-class FastWindowAttentionV2(QkvAttention, WindowAttentionV2):
-    """Cosine attention: q and k of unit length, q times its head's own scale."""
+class _CosineAttention(QkvAttention):
+    """Base: q and k of unit length, q times its head's own scale."""
 
     changes_qk = True
 
+    def score_scale(self):
+        return 1.0
+
+    def changed(self, q, k):
+        scale = self.logit_scale.clamp(max=math.log(100.0)).exp().view(-1, 1)
+        return F.normalize(q, dim=-1) * scale, F.normalize(k, dim=-1)
+
+    def forward(self, x, mask=None):
+        y = self.attended(x, None if mask is None else mask[:, None])
+        return self.replaces.forward(self, x, mask) if y is None else y
+
+
+class FastWindowAttentionV2(_CosineAttention, WindowAttentionV2):
     def products(self):
         return split_bias(self), as_they_are(self.proj)
 
@@ -62,16 +76,12 @@ class FastWindowAttentionV2(QkvAttention, WindowAttentionV2):
         table = self.cpb_mlp(self.relative_coords_table).flatten(0, 2)
         return 16 * table.sigmoid().t(), self.relative_position_index
 
-    def score_scale(self):
-        return 1.0
 
-    def changed(self, q, k):
-        scale = self.logit_scale.clamp(max=math.log(100.0)).exp()  # (heads, 1, 1)
-        return F.normalize(q, dim=-1) * scale[:, 0], F.normalize(k, dim=-1)
+class FastWindowMultiHeadAttention(_CosineAttention, WindowMultiHeadAttention):
+    immaterial = ("meta_mlp.fc2.bias",)  # the same for all scores of a head: softmax cancels it
 
-    def forward(self, x, mask=None):
-        y = self.attended(x, None if mask is None else mask[:, None])
-        return WindowAttentionV2.forward(self, x, mask) if y is None else y
+    def score_bias(self):
+        return self._relative_positional_encodings(), None
 
 
 def _squares(x):
