@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import copy
+import importlib
 
 import pytest
 import torch
 from check import accurate, rms, same_bits
 from torch import Tensor, nn
 
-from hybridops import optimize, report, restore
-from hybridops.optimize import Fast
+from hybridops import explain, optimize, report, restore
+from hybridops.optimize import Fast, rules
 from hybridops.optimize.gates import fit_statistics, randomise_gates
 
 DROPPED = {"attn_drop": 0.5}
@@ -214,6 +215,18 @@ def relpos_block(shared=False):
     return RelPosBlock(24, 3, rel_pos_cls=kind, init_values=0.5), [torch.randn(2, 15, 24), *bias]
 
 
+def swiglu(**options):
+    from timm.layers import SwiGLU
+
+    return SwiGLU(20, 44, **options), [torch.randn(2, 7, 20)]
+
+
+def glu(**options):
+    from timm.layers import GluMlp
+
+    return GluMlp(20, 44, act_layer=nn.SiLU, **options), [torch.randn(2, 7, 20)]
+
+
 def cait():
     from timm.models.cait import ClassAttn
 
@@ -293,6 +306,10 @@ CASES = {
     "relpos-normed": lambda: relpos(qk_norm=True),
     "relpos-block": relpos_block,
     "relpos-block-shared": lambda: relpos_block(shared=True),
+    "swiglu": swiglu,
+    "swiglu-normed": lambda: swiglu(norm_layer=nn.LayerNorm, bias=False),
+    "glu": glu,
+    "glu-first": lambda: glu(gate_last=False),
     "cait": cait,
     "crossvit": crossvit,
     "levit-conv": levit_conv,
@@ -444,3 +461,55 @@ def test_a_changed_bias_is_followed(timm, name):
         forget_biases(layer)
         exact = copy.deepcopy(restore(layer)).double()(*cast(args, torch.float64))
         accurate(after, layer(*args), exact, name)
+
+
+def resolve(path: str) -> type:
+    module, _, name = path.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def test_every_named_class_exists(timm):
+    known = [p for p in (*rules.RULES, *rules.UNSERVED) if p.startswith("timm.")]
+    assert all(isinstance(resolve(path), type) for path in known)
+    assert not rules.RULES.keys() & rules.UNSERVED.keys()
+    served = {path: rules.RULES[path] for path in known if path in rules.RULES}
+    assert all(resolve(rule).replaces is resolve(path) for path, rule in served.items())
+
+
+def test_a_class_without_kernels_is_named_with_its_reason(timm):
+    from timm.models.xcit import XCA
+
+    model = nn.Sequential(XCA(24, 3), nn.Linear(24, 24))
+    assert rules.find(model[0]) == (None, rules.UNSERVED["timm.models.xcit:XCA"])
+    lines = {line.fqn: line for line in explain(model).layers}
+    assert lines["0"].rule is None
+    assert "channel attention" in lines["0"].reason
+
+
+@pytest.mark.filterwarnings("ignore:no rule serves")
+@pytest.mark.parametrize("part", ["qkv", "proj"])
+@pytest.mark.parametrize("build_it", [swin, maxvit, beit, nest], ids=lambda f: f.__name__)
+def test_a_parametrised_product_is_left_alone(timm, build_it, part):
+    layer, args = build_it()
+    layer.eval()
+    nn.utils.parametrizations.weight_norm(getattr(layer, part))
+    with torch.no_grad():
+        expected = layer(*args)
+        optimize(layer, strict=False)
+        assert not isinstance(layer, Fast)
+        assert part in report(layer).layers[0].reason
+        assert same_bits(layer(*args), expected)
+
+
+def test_a_product_shared_by_two_layers(timm):
+    """Nothing is folded into the parameters themselves, so both keep their own."""
+    (one, args), (other, _) = build("swin"), build("swin")
+    other.qkv, other.relative_position_bias_table = one.qkv, one.relative_position_bias_table
+    model = nn.Sequential(one, other)
+    x, exact = args[0], copy.deepcopy(model).double()(args[0].double())
+    with torch.no_grad():
+        torchs = model(x)
+        accurate(optimize(model)(x), torchs, exact, "shared")
+        one.qkv.weight.mul_(0.5)
+        exact = copy.deepcopy(restore(copy.deepcopy(model))).double()(x.double())
+        accurate(model(x), restore(copy.deepcopy(model))(x), exact, "shared, changed")

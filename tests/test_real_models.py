@@ -63,7 +63,7 @@ SLOW = {
     "beit_base_patch16_224": Real(64, True, "PatchEmbed BeitBlock BeitAttention Mlp"),
     "beitv2_base_patch16_224": Real(64, True, "PatchEmbed BeitBlock BeitAttention Mlp"),
     "beit3_base_patch16_224": Real(64, True, "PatchEmbed Attention Mlp", ("norm inside",)),
-    "eva02_tiny_patch14_224": Real(56, True, "PatchEmbed EvaAttention"),
+    "eva02_tiny_patch14_224": Real(56, True, "PatchEmbed EvaAttention GluMlp"),
     "vit_pe_core_tiny_patch16_384": Real(64, True, "PatchEmbed AttentionRope Mlp"),
     "deit_tiny_distilled_patch16_224": Real(64, True, "PatchEmbed Block Attention Mlp"),
     "deit3_small_patch16_224": Real(64, True, "PatchEmbed Block Attention Mlp"),

@@ -95,6 +95,8 @@ RULES: dict[str, str | type[Fast]] = {
     "timm.models.beit:Block": f"{_HERE}.timm_attention:FastBeitBlock",
     "timm.models.eva:EvaAttention": f"{_HERE}.timm_rope:FastEvaAttention",
     "timm.layers.attention:AttentionRope": f"{_HERE}.timm_rope:FastAttentionRope",
+    "timm.layers.mlp:SwiGLU": f"{_HERE}.timm_glu:FastSwiGLU",
+    "timm.layers.mlp:GluMlp": f"{_HERE}.timm_glu:FastGluMlp",
     "timm.models.nest:Attention": f"{_HERE}.timm_attention:FastNestAttention",
     "timm.models.cait:ClassAttn": f"{_HERE}.timm_attention:FastClassAttn",
     "timm.models.crossvit:CrossAttention": f"{_HERE}.timm_attention:FastCrossAttention",
