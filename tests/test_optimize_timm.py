@@ -513,3 +513,22 @@ def test_a_product_shared_by_two_layers(timm):
         one.qkv.weight.mul_(0.5)
         exact = copy.deepcopy(restore(copy.deepcopy(model))).double()(x.double())
         accurate(model(x), restore(copy.deepcopy(model))(x), exact, "shared, changed")
+
+
+AUTOCAST = ("swin-masked", "swin-v2", "pvt-linear", "pvt-mlp", "pvt-patches", "maxvit", "coatnet")
+AUTOCAST += ("tiny-vit", "beit", "rope", "nest", "swiglu", "xcit-lpi", "cait", "swin-block")
+
+
+@pytest.mark.parametrize("name", AUTOCAST)
+@torch.no_grad()
+def test_autocast_is_as_exact_as_eager(timm, name):
+    layer, args = build(name)
+    exact = copy.deepcopy(layer).double()(*cast(args, torch.float64))
+    with torch.autocast("cpu", torch.bfloat16):
+        forget_biases(layer)
+        torchs = layer(*args)
+        forget_biases(layer)
+        y = optimize(layer)(*args)
+    assert y.dtype == torchs.dtype
+    error, own = ((t.double() - exact).abs().max() for t in (y, torchs))
+    assert error <= 2 * own + 4 * torch.finfo(torch.bfloat16).eps * rms(exact)
