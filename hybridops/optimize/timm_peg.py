@@ -84,8 +84,8 @@ class FastLPI(Fast, LPI):
     """XCiT's local interaction: two depthwise convolutions, GELU and a BatchNorm between them.
 
     GELU stays torch's: where a channel hardly varies, the norm behind it makes the last bits large,
-    and with the kernel's a layer had 2.9 times torch's error. So does the norm, whose shift could not
-    go into the second convolution: that one puts zeros around the normed grid.
+    and with the kernel's a layer had 2.9 times torch's error. So does the norm, whose shift could
+    not go into the second convolution: that one puts zeros around the normed grid.
     """
 
     @classmethod
