@@ -10,7 +10,7 @@ import torch
 from check import accurate, rms, same_bits
 from torch import Tensor, nn
 
-from hybridops import explain, optimize, report, restore
+from hybridops import explain, optimize, report, restore, verify
 from hybridops.optimize import Fast, rules
 from hybridops.optimize.gates import fit_statistics, randomise_gates
 
@@ -394,6 +394,14 @@ def test_gradients_are_as_exact_as_torchs(timm, name, mode):
             torch.allclose(v, plain.state_dict()[k], rtol=1e-4, atol=1e-5)
             for k, v in fast.state_dict().items()
         )
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_verify_notices_every_planted_fault(timm, name):
+    layer, args = build(name)
+    result = verify(optimize(layer), tuple(args))
+    assert result.ok, str(result)
+    assert not result.missed
 
 
 @pytest.mark.filterwarnings("ignore:no rule serves")

@@ -40,6 +40,10 @@ def attend(attn, qkv):
 
 
 class FastAttention(Fast, Attention):
+    immaterial = (
+        "k_norm.bias",
+    )  # q's product with it is the same for all keys: softmax cancels it
+
     @classmethod
     def unserved(cls, module, mode):
         if module.gate is not None:

@@ -13,7 +13,7 @@ from .grid import from_grids, from_windows, image_of, into_grids, into_windows, 
 from .qkv import QkvAttention, dropout_in_training
 from .timm_block import PreNormBlock
 
-_SHIFT = ("rel_pos.mlp.fc2.bias",)  # the same for all scores of a head: softmax cancels it
+_SHIFT = ("rel_pos.mlp.fc2.bias", "k_norm.bias")  # the same for all keys: softmax cancels it
 
 
 class _RelPosAttention(QkvAttention):

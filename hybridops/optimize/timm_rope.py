@@ -14,7 +14,7 @@ from .qkv import QkvAttention, as_they_are, dropout_in_training, split_bias
 
 class _RopeAttention(QkvAttention):
     changes_qk = True
-    immaterial = ("k_bias", "k_proj.bias")  # without rope softmax cancels them
+    immaterial = ("k_bias", "k_proj.bias", "k_norm.bias")  # without rope softmax cancels them
 
     @classmethod
     def unserved(cls, module, mode):

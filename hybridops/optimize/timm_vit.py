@@ -13,6 +13,8 @@ from .timm_layers import FastAttention
 
 
 class FastBlock(Fast, Block):
+    immaterial = FastAttention.immaterial
+
     @classmethod
     def unserved(cls, module, mode):
         if mode == "train":
