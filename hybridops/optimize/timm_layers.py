@@ -40,9 +40,7 @@ def attend(attn, qkv):
 
 
 class FastAttention(Fast, Attention):
-    immaterial = (
-        "k_norm.bias",
-    )  # q's product with it is the same for all keys: softmax cancels it
+    immaterial = ("k_norm.bias",)  # the same for all keys: softmax cancels it
 
     @classmethod
     def unserved(cls, module, mode):
