@@ -589,7 +589,7 @@ def test_explain(timm):
     model = build(timm, "vit")
     assert explain(model).replaced == 8
     assert not any(isinstance(m, Fast) for m in model.modules())
-    conv = explain("timm:levit_conv_128s")
+    conv = explain("timm:levit_conv_128s", mode="train")
     assert any("use_conv" in str(layer.reason) for layer in conv.layers)
 
 

@@ -46,6 +46,11 @@ class Chained(Fast):
         """The module as layers of a chain, norms folded and weights packed; None if it is not."""
         raise NotImplementedError
 
+    @classmethod
+    def links(cls, module: Any) -> bool:
+        """Whether its layers may join a longer chain: the module runs on tokens and no more."""
+        return True
+
     def derive(self) -> Chain | None:
         layers = self.layers()
         return Chain(layers) if layers else None
@@ -61,7 +66,9 @@ def layers_of(*modules: nn.Module) -> list[Layer] | None:
     for module in modules:
         if type(module) is nn.Identity:
             continue
-        found = module.layers() if isinstance(module, Chained) else None
+        found = None
+        if isinstance(module, Chained) and module.links(module):
+            found = module.layers()
         if found is None:
             return None
         layers += found
@@ -108,7 +115,7 @@ def not_chained(name: str, module: nn.Module, mode: str) -> str | None:
     if type(module) is nn.Identity:
         return None
     rule, reason = rules.find(module)
-    if rule is None or not issubclass(rule, Chained):
+    if rule is None or not issubclass(rule, Chained) or not rule.links(module):
         return f"{name}: {reason or 'no chain of layers'}"
     reason = rule.unserved(module, mode)
     return reason and f"{name}: {reason}"

@@ -133,7 +133,7 @@ class Fast:
     overrides: ClassVar[str] = "forward"  # the method it overrides: verify() compares its results
     channels_last: ClassVar[bool] = False  # runs oneDNN's channels_last convolutions: see verify()
     implied: ClassVar[bool] = False  # report() says nothing of it where it does not apply
-    invisible: ClassVar[tuple[str, ...]] = ()  # ends of names: tensors that change no result
+    invisible: ClassVar[tuple[str, ...]] = ()  # ends of the names of tensors that cancel out
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -206,12 +206,12 @@ def first(reasons: Iterable[str | None]) -> str | None:
 
 
 def not_plain_linear(name: str, module: nn.Module | None) -> str | None:
-    return not_one_of(name, module, nn.Linear) or _not_plain_weight(name, module)
+    return not_one_of(name, module, nn.Linear) or not_plain_weight(name, module)
 
 
 def not_plain_conv(name: str, module: Any) -> str | None:
     """Why conv_stem and patch_embed cannot run this convolution."""
-    reason = not_one_of(name, module, nn.Conv2d) or _not_plain_weight(name, module)
+    reason = not_one_of(name, module, nn.Conv2d) or not_plain_weight(name, module)
     if reason:
         return reason
     if module.groups != 1 or module.dilation != (1, 1) or module.padding_mode != "zeros":
@@ -221,6 +221,15 @@ def not_plain_conv(name: str, module: Any) -> str | None:
     if module.padding[0] != module.padding[1]:
         return f"{name} has padding {module.padding}"
     return None
+
+
+def not_pointwise(name: str, module: Any) -> str | None:
+    """Why this is not a 1 x 1 convolution: a product on the pixels of an image."""
+    reason = not_plain_conv(name, module)
+    if reason:
+        return reason
+    plain = (module.kernel_size, module.stride, module.padding) == ((1, 1), (1, 1), (0, 0))
+    return None if plain else f"{name} is not a 1 x 1 convolution"
 
 
 def not_foldable_norm(name: str, module: Any, cls: type) -> str | None:
@@ -247,7 +256,7 @@ def not_activation(name: str, module: nn.Module) -> str | None:
     )
 
 
-def _not_plain_weight(name: str, module: Any) -> str | None:
+def not_plain_weight(name: str, module: Any) -> str | None:
     weight = module.weight
     if type(weight) not in (nn.Parameter, Tensor):
         return f"{name}.weight is a {type(weight).__name__}"

@@ -195,7 +195,9 @@ def plant(module: Any, seed: int) -> Iterator[str]:
 
 def _own_tensors(module: Any) -> Iterator[tuple[str, Tensor]]:
     """What the rule computes with: the layer's own tensors, and its bypassed children's."""
-    bypassed = {id(m) for child in type(module).bypassed(module) for m in child.modules()}
+    below = [m for child in type(module).bypassed(module) for m in child.modules()]
+    bypassed = set(map(id, below))
+    invisible = tuple(n for m in (module, *below) for n in getattr(m, "invisible", ()))
     for prefix, part in module.named_modules():
         if part is module or id(part) in bypassed:
             for name, tensor in [
@@ -203,5 +205,5 @@ def _own_tensors(module: Any) -> Iterator[tuple[str, Tensor]]:
                 *part.named_buffers(recurse=False),
             ]:
                 fqn = f"{prefix}.{name}".lstrip(".")
-                if not fqn.endswith(type(module).invisible):
+                if not fqn.endswith(invisible):
                     yield fqn, tensor

@@ -18,6 +18,8 @@ from . import shapes
 from .fast import Fast, dotted
 
 _HERE = "hybridops.optimize"
+_RELPOS = "timm.models.vision_transformer_relpos"
+_WINDOWS = "timm.models.swin_transformer"
 _DETR = "transformers.models.detr.modeling_detr:Detr"
 _TORCH = f"{_HERE}.torch_transformer"
 _SWIN = "torchvision.models.swin_transformer"
@@ -86,6 +88,39 @@ RULES: dict[str, str | type[Fast]] = {
     "timm.models.twins:PosConv": f"{_HERE}.timm_twins:FastPosConv",
     "timm.models.twins:LocallyGroupedAttn": f"{_HERE}.timm_twins:FastLocallyGroupedAttn",
     "timm.models.twins:GlobalSubSampleAttn": f"{_HERE}.timm_twins:FastGlobalSubSampleAttn",
+    f"{_WINDOWS}:WindowAttention": f"{_HERE}.timm_swin:FastWindowAttention",
+    f"{_WINDOWS}:SwinTransformerBlock": f"{_HERE}.timm_swin:FastBlock",
+    f"{_WINDOWS}:PatchMerging": f"{_HERE}.timm_swin:FastPatchMerging",
+    f"{_WINDOWS}_v2:WindowAttention": f"{_HERE}.timm_swin:FastWindowAttentionV2",
+    f"{_WINDOWS}_v2:PatchMerging": f"{_HERE}.timm_swin:FastPatchMergingV2",
+    f"{_WINDOWS}_v2_cr:WindowMultiHeadAttention": f"{_HERE}.timm_swin:FastWindowMultiHeadAttention",
+    "timm.models.pvt_v2:Attention": f"{_HERE}.timm_pvt:FastAttention",
+    "timm.models.pvt_v2:MlpWithDepthwiseConv": f"{_HERE}.timm_pvt:FastMlpWithDepthwiseConv",
+    "timm.models.pvt_v2:Block": f"{_HERE}.timm_pvt:FastBlock",
+    "timm.models.pvt_v2:OverlapPatchEmbed": f"{_HERE}.timm_pvt:FastOverlapPatchEmbed",
+    "timm.models.maxxvit:AttentionCl": f"{_HERE}.timm_maxvit:FastAttentionCl",
+    "timm.models.maxxvit:Attention2d": f"{_HERE}.timm_maxvit:FastAttention2d",
+    "timm.models.maxxvit:PartitionAttentionCl": f"{_HERE}.timm_maxvit:FastPartitionAttentionCl",
+    f"{_RELPOS}:RelPosAttention": f"{_HERE}.timm_maxvit:FastRelPosAttention",
+    f"{_RELPOS}:RelPosBlock": f"{_HERE}.timm_maxvit:FastRelPosBlock",
+    "timm.models.coat:ConvPosEnc": f"{_HERE}.timm_peg:FastCoatConvPosEnc",
+    "timm.models.davit:ConvPosEnc": f"{_HERE}.timm_peg:FastDavitConvPosEnc",
+    "timm.models.xcit:LPI": f"{_HERE}.timm_peg:FastLPI",
+    "timm.models.davit:WindowAttention": f"{_HERE}.timm_attention:FastWindowAttention",
+    "timm.models.fastvit:Attention": f"{_HERE}.timm_attention:FastFastVitAttention",
+    "timm.models.efficientformer:Attention": f"{_HERE}.timm_attention:FastEfficientFormerAttention",
+    "timm.models.efficientformer:MetaBlock1d": f"{_HERE}.timm_attention:FastMetaBlock1d",
+    "timm.models.tiny_vit:Attention": f"{_HERE}.timm_attention:FastTinyVitAttention",
+    "timm.models.tiny_vit:NormMlp": f"{_HERE}.timm_attention:FastNormMlp",
+    "timm.models.beit:Attention": f"{_HERE}.timm_attention:FastBeitAttention",
+    "timm.models.beit:Block": f"{_HERE}.timm_attention:FastBeitBlock",
+    "timm.models.eva:EvaAttention": f"{_HERE}.timm_rope:FastEvaAttention",
+    "timm.layers.attention:AttentionRope": f"{_HERE}.timm_rope:FastAttentionRope",
+    "timm.layers.mlp:SwiGLU": f"{_HERE}.timm_glu:FastSwiGLU",
+    "timm.layers.mlp:GluMlp": f"{_HERE}.timm_glu:FastGluMlp",
+    "timm.models.nest:Attention": f"{_HERE}.timm_attention:FastNestAttention",
+    "timm.models.cait:ClassAttn": f"{_HERE}.timm_attention:FastClassAttn",
+    "timm.models.crossvit:CrossAttention": f"{_HERE}.timm_attention:FastCrossAttention",
     "torch.nn.modules.activation:MultiheadAttention": f"{_TORCH}:FastMultiheadAttention",
     "torch.nn.modules.transformer:TransformerEncoderLayer": f"{_TORCH}:FastEncoderLayer",
     "torch.nn.modules.transformer:TransformerDecoderLayer": f"{_TORCH}:FastDecoderLayer",
@@ -168,6 +203,9 @@ RULES: dict[str, str | type[Fast]] = {
         FastPatchEmbeddings="OverlapPatchEmbeddings",
     ),
 }
+_CHANNELS = "channel attention: scores between channels, not tokens"
+_TALKING = "talking heads: products across heads before and behind the softmax"
+_DIFFERENTIAL = "differential attention: the difference of two softmaxes"
 # Known classes that no kernel can serve: the reason that the report gives in place of a rule.
 UNSERVED: dict[str, str] = {
     "transformers.models.mobilevitv2.modeling_mobilevitv2:MobileViTV2LinearSelfAttention": (
@@ -179,6 +217,23 @@ UNSERVED: dict[str, str] = {
     "transformers.models.poolformer.modeling_poolformer:PoolFormerPooling": (
         "pooling in place of attention"
     ),
+    "timm.models.xcit:XCA": _CHANNELS,
+    "timm.models.davit:ChannelAttention": _CHANNELS,
+    "timm.models.davit:ChannelAttentionV2": _CHANNELS,
+    "timm.models.coat:FactorAttnConvRelPosEnc": "factorised attention: its softmax is over tokens, "
+    "before any scores",
+    "timm.models.mobilevit:LinearSelfAttention": "separable attention: one context vector, no "
+    "scores between tokens",
+    "timm.models.fastvit:RepConditionalPosEnc": "7 x 7 on an NCHW grid of 8 x 8: torch's "
+    "convolution takes half the time of peg",
+    "timm.models.cait:TalkingHeadAttn": _TALKING,
+    "timm.models.efficientformer_v2:Attention2d": _TALKING,
+    "timm.models.efficientformer_v2:Attention2dDownsample": _TALKING,
+    "timm.models.vision_transformer:ParallelScalingBlock": "attention and MLP share one product",
+    "timm.models.vision_transformer:DiffParallelScalingBlock": _DIFFERENTIAL,
+    "timm.layers.diff_attention:DiffAttention": _DIFFERENTIAL,
+    "timm.models.maxxvit:ParallelPartitionAttention": "two attentions share one "
+    "product behind them; each is served",
 }
 _plugins_loaded = False
 

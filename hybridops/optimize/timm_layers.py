@@ -40,6 +40,8 @@ def attend(attn, qkv):
 
 
 class FastAttention(Fast, Attention):
+    invisible = ("k_norm.bias",)  # the same for all keys: softmax cancels it
+
     @classmethod
     def unserved(cls, module, mode):
         if module.gate is not None:

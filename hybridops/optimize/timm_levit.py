@@ -1,7 +1,9 @@
 """timm's LeViT: BatchNorm in the weights, Hardswish in the kernels, the bias spread out once.
 
 In inference all stages are one dispatch. In training the layers keep their BatchNorm modules, and
-the attention reads its bias through the index, so that the table gets its gradient.
+the attention reads its bias through the index, so that the table gets its gradient. The conv
+variants (`use_conv`) are served in inference only, block by block, as tokens: of channels_last
+images those are views.
 """
 
 from __future__ import annotations
@@ -45,11 +47,14 @@ from .fast import (
     not_one_of,
     not_plain_conv,
     not_plain_linear,
+    not_pointwise,
+    original_class,
     packed_linear,
 )
+from .grid import image_of, tokens_of
 from .ours import averaged_heads
 
-USE_CONV = "use_conv: its NCHW products have no kernel"
+USE_CONV = "use_conv: training keeps its 1 x 1 convolutions as they are"
 
 
 class FastLinearNorm(Fast, LinearNorm):
@@ -170,23 +175,68 @@ class FastStem16(_Stem, Stem16):
     pass
 
 
-def _not_linear_norm(name, module):
-    reason = not_one_of(name, module, LinearNorm)
+def _not_product(name, module, mode):
+    """Why this is not a linear layer and its norm, or a 1 x 1 convolution and its norm."""
+    reason = not_one_of(name, module, LinearNorm, ConvNorm)
     if reason:
         return reason
-    reason = FastLinearNorm.unserved(module, "inference")
+    if original_class(module) is LinearNorm:
+        reason = FastLinearNorm.unserved(module, mode)
+    elif mode == "train":
+        return USE_CONV
+    else:
+        reason = not_pointwise("linear", module.linear) or FastConvNorm.unserved(module, mode)
     return reason and f"{name}: {reason}"
 
 
-class FastAttention(Chained, Attention):
+def _product(layer):
+    """A LinearNorm, or a ConvNorm of one pixel, as weights on tokens."""
+    if isinstance(layer, LinearNorm):
+        return batch_normed(layer.linear, layer.bn)
+    conv = layer.linear
+    return packed_linear(*fold_behind(conv.weight.flatten(1), conv.bias, layer.bn))
+
+
+def _tokens(x):
+    """The conv variants' images as tokens; tokens as they are."""
+    return tokens_of(x) if x.ndim == 4 else x
+
+
+class _OnTokens(Chained):
+    """A chain that the conv variants run by itself, on the tokens of their images."""
+
+    @classmethod
+    def links(cls, module):
+        return not any(isinstance(part, ConvNorm) for part in module.modules())
+
+    def _chained(self, x):
+        """The chain's result, None where this call has none."""
+        chain = self._hybridops_plan.derived(self, x)
+        if chain is None:
+            return None
+        y = chain(_tokens(x))
+        return y if x.ndim == 3 else image_of(y, x, self._grid(x))
+
+    def _grid(self, x):
+        return x.shape[2:]
+
+    def forward(self, x):
+        y = self._chained(x)
+        return self.replaces.forward(self, x) if y is None else y
+
+
+def _halved(x, stride):
+    """The grid of every stride-th row and column of an image."""
+    return tuple((side - 1) // stride + 1 for side in x.shape[2:])
+
+
+class FastAttention(_OnTokens, Attention):
     @classmethod
     def unserved(cls, module, mode):
-        if module.use_conv:
-            return USE_CONV
         return first(
             (
-                _not_linear_norm("qkv", module.qkv),
-                _not_linear_norm("proj.ln", module.proj.ln),
+                _not_product("qkv", module.qkv, mode),
+                _not_product("proj.ln", module.proj.ln, mode),
                 not_activation("proj.act", module.proj.act),
             )
         )
@@ -196,22 +246,20 @@ class FastAttention(Chained, Attention):
         return activation_name(module.proj.act)
 
     def forward(self, x):
-        plan = self._hybridops_plan
-        chain = plan.derived(self, x)
-        if chain is not None:
-            return chain(x)
-        if not plan.intact():
+        y = self._chained(x)
+        if y is not None:
+            return y
+        if self.use_conv or not self._hybridops_plan.intact():
             return Attention.forward(self, x)
         qkv = self.qkv(x).view(*x.shape[:2], self.num_heads, -1)
         q, k, v = qkv.split([self.key_dim, self.key_dim, self.val_dim], 3)
         return self.proj.ln(_attend(self, q, k, v))
 
     def layers(self, residual=False):
-        qkv, proj = self.qkv, self.proj.ln
         return [
             attention_step(
-                batch_normed(qkv.linear, qkv.bn),
-                batch_normed(proj.linear, proj.bn),
+                _product(self.qkv),
+                _product(self.proj.ln),
                 heads=self.num_heads,
                 key_dim=self.key_dim,
                 scale=self.scale,
@@ -242,17 +290,20 @@ def _attend(attn, q, k, v):
     return out.view(*q.shape[:2], attn.val_attn_dim)
 
 
-class FastAttentionDownsample(Chained, AttentionDownsample):
+def _averages(down):
+    """Whether the queries' tokens are averages, not every stride-th token."""
+    return down.kernel_size != 1 if isinstance(down, nn.AvgPool2d) else down.pool is not None
+
+
+class FastAttentionDownsample(_OnTokens, AttentionDownsample):
     @classmethod
     def unserved(cls, module, mode):
-        if module.use_conv:
-            return USE_CONV
         return first(
             (
-                _not_linear_norm("kv", module.kv),
-                not_one_of("q.down", module.q.down, Downsample),
-                _not_linear_norm("q.ln", module.q.ln),
-                _not_linear_norm("proj.ln", module.proj.ln),
+                _not_product("kv", module.kv, mode),
+                not_one_of("q.down", module.q.down, Downsample, nn.AvgPool2d),
+                _not_product("q.ln", module.q.ln, mode),
+                _not_product("proj.ln", module.proj.ln, mode),
                 not_activation("proj.act", module.proj.act),
             )
         )
@@ -262,24 +313,26 @@ class FastAttentionDownsample(Chained, AttentionDownsample):
         return activation_name(module.proj.act)
 
     def forward(self, x):
-        plan = self._hybridops_plan
-        chain = plan.derived(self, x)
-        if chain is not None:
-            return chain(x)
-        if not plan.intact():
+        y = self._chained(x)
+        if y is not None:
+            return y
+        if self.use_conv or not self._hybridops_plan.intact():
             return AttentionDownsample.forward(self, x)
         kv = self.kv(x).view(*x.shape[:2], self.num_heads, -1)
         k, v = kv.split([self.key_dim, self.val_dim], 3)
         q = self.q(x).view(x.shape[0], -1, self.num_heads, self.key_dim)
         return self.proj.ln(_attend(self, q, k, v))
 
+    def _grid(self, x):
+        return _halved(x, self.stride)
+
     def layers(self):
-        if self.q.down.pool is not None:
-            return None  # averaged queries
+        if _averages(self.q.down):
+            return None
         parts = (self.kv, self.q.ln, self.proj.ln)
         return [
             subsample_step(
-                *(batch_normed(part.linear, part.bn) for part in parts),
+                *map(_product, parts),
                 heads=self.num_heads,
                 key_dim=self.key_dim,
                 scale=self.scale,
@@ -291,17 +344,17 @@ class FastAttentionDownsample(Chained, AttentionDownsample):
         ]
 
 
-class FastLevitMlp(Chained, LevitMlp):
+class FastLevitMlp(_OnTokens, LevitMlp):
     @classmethod
     def unserved(cls, module, mode):
-        if isinstance(module.ln1, ConvNorm):
-            return USE_CONV
         if mode == "train":
+            if isinstance(module.ln1, ConvNorm):
+                return USE_CONV
             return "training keeps the norms between the products; ln1 and ln2 are served"
         return first(
             (
-                _not_linear_norm("ln1", module.ln1),
-                _not_linear_norm("ln2", module.ln2),
+                _not_product("ln1", module.ln1, mode),
+                _not_product("ln2", module.ln2, mode),
                 not_activation("act", module.act),
             )
         )
@@ -311,7 +364,7 @@ class FastLevitMlp(Chained, LevitMlp):
         return activation_name(module.act)
 
     def layers(self, residual=False):
-        up, down = (batch_normed(part.linear, part.bn) for part in (self.ln1, self.ln2))
+        up, down = _product(self.ln1), _product(self.ln2)
         return [mlp_step(up, down, activation=self._hybridops_plan.facts, residual=residual)]
 
 
@@ -319,7 +372,7 @@ def _not_drop_path(name, module):
     return not_one_of(name, module, nn.Identity, DropPath)
 
 
-class FastLevitBlock(Chained, LevitBlock):
+class FastLevitBlock(_OnTokens, LevitBlock):
     @classmethod
     def unserved(cls, module, mode):
         if mode == "train":
@@ -339,7 +392,7 @@ class FastLevitBlock(Chained, LevitBlock):
         return attn.layers(residual=True) + mlp.layers(residual=True) if served else None
 
 
-class FastLevitDownsample(Chained, LevitDownsample):
+class FastLevitDownsample(_OnTokens, LevitDownsample):
     @classmethod
     def unserved(cls, module, mode):
         if mode == "train":
@@ -352,9 +405,14 @@ class FastLevitDownsample(Chained, LevitDownsample):
             )
         )
 
+    def _grid(self, x):
+        return _halved(x, self.attn_downsample.stride)
+
     def layers(self):
-        mlp, attn = self.mlp, layers_of(self.attn_downsample)
-        served = isinstance(mlp, FastLevitMlp) and attn is not None
+        mlp, attn = self.mlp, self.attn_downsample
+        served = isinstance(mlp, FastLevitMlp) and isinstance(attn, FastAttentionDownsample)
+        attn = attn.layers() if served else None
+        served = attn is not None
         return attn + mlp.layers(residual=True) if served else None
 
 
@@ -384,8 +442,6 @@ class FastLevitDistilled(Fast, LevitDistilled):
     def unserved(cls, module, mode):
         if mode == "train":
             return "training keeps the two heads apart; each is served"
-        if module.use_conv:
-            return USE_CONV
         return first(
             (
                 _unserved_part("head", module.head, FastNormLinear),
@@ -402,7 +458,7 @@ class FastLevitDistilled(Fast, LevitDistilled):
         weights = self._hybridops_plan.derived(self, x) if averages else None
         if weights is None:
             return LevitDistilled.forward_head(self, x, pre_logits)
-        return linear(x.mean(1), weights.weight, weights.bias, packed=weights.packed)
+        return linear(_tokens(x).mean(1), weights.weight, weights.bias, packed=weights.packed)
 
     def derive(self):
         return averaged_heads((self.head, self.head_dist))

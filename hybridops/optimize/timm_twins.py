@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
-from timm.layers import DropPath
-from timm.layers.mlp import Mlp
 from timm.layers.norm import LayerNorm
 from timm.models.twins import (
     Block,
@@ -17,195 +13,41 @@ from timm.models.twins import (
 )
 from torch import nn
 
-from ..nn._derived import Weights
-from ..ops import attention, attention_layer, linear, mlp_layer, patch_embed, peg
+from ..ops import mlp_layer, patch_embed, peg
 from .fast import (
     Fast,
     activation_name,
-    first,
     norm_of,
     not_layer_norm,
     not_one_of,
     not_plain_conv,
-    not_plain_linear,
     one_dtype,
-    packed_linear,
     packed_patch,
     scaled,
 )
-from .timm_layers import FastMlp
+from .grid import from_windows, in_windows, into_windows
+from .qkv import QkvAttention
+from .subsampled import SubsampledAttention
+from .timm_block import PARTS, not_pre_norm
 
 
-def _dropout_in_training(module, mode):
-    if mode == "train" and module.attn_drop.p > 0:
-        return f"attention dropout {module.attn_drop.p} in training"
-    return not_one_of("attn_drop", module.attn_drop, nn.Dropout)
-
-
-def _drops(module):
-    return module.attn_drop.training and module.attn_drop.p > 0
-
-
-def into_windows(x, size, ws):
-    """Tokens (B, H*W, C) -> (windows, ws*ws, C); H and W are multiples of ws."""
-    B, _, C = x.shape
-    H, W = size
-    x = x.reshape(B, H // ws, ws, W // ws, ws, C).transpose(2, 3)
-    return x.reshape(-1, ws * ws, C)
-
-
-def from_windows(x, size, ws):
-    """The inverse of into_windows."""
-    C, (H, W) = x.shape[2], size
-    x = x.reshape(-1, H // ws, W // ws, ws, ws, C).transpose(2, 3)
-    return x.reshape(-1, H * W, C)
-
-
-def _packed_attention(attn, qkv):
-    """qkv (B, N, 3*C) -> (B, N, C)"""
-    B, N, C3 = qkv.shape
-    q, k, v = qkv.view(B, N, 3, attn.num_heads, -1).unbind(2)
-    return attention(q, k, v, scale=None if attn.fused_attn else attn.scale).view(B, N, C3 // 3)
-
-
-class FastLocallyGroupedAttn(Fast, LocallyGroupedAttn):
-    @classmethod
-    def unserved(cls, module, mode):
-        return first(
-            (
-                _dropout_in_training(module, mode),
-                not_plain_linear("qkv", module.qkv),
-                not_plain_linear("proj", module.proj),
-            )
-        )
-
+class FastLocallyGroupedAttn(QkvAttention, LocallyGroupedAttn):
     def forward(self, x, size):
-        plan = self._hybridops_plan
-        weights = plan.derived(self, x)
-        if weights is not None:
-            return self._attend(x, size, *weights)
-        if _drops(self) or not plan.intact():
-            return LocallyGroupedAttn.forward(self, x, size)
-        qkv, proj = (Weights(layer.weight, layer.bias, None) for layer in (self.qkv, self.proj))
-        return self.proj_drop(self._attend(x, size, qkv, proj))
-
-    def derive(self):
-        return scaled(self.qkv), scaled(self.proj)
-
-    def _attend(self, x, size, qkv, proj):
-        B, N, C = x.shape
-        (H, W), ws = size, self.ws
-        bottom, right = -H % ws, -W % ws
-        if bottom or right:  # zeros join the windows as tokens, unmasked: timm's meaning
-            x = F.pad(x.view(B, H, W, C), (0, 0, 0, right, 0, bottom)).view(B, -1, C)
-        padded = (H + bottom, W + right)
-        x = into_windows(x, padded, ws)
-        out = _packed_attention(self, linear(x, qkv.weight, qkv.bias, packed=qkv.packed))
-        out = from_windows(out, padded, ws)
-        if bottom or right:
-            out = out.view(B, *padded, C)[:, :H, :W].reshape(B, N, C)
-        return linear(out, proj.weight, proj.bias, packed=proj.packed)
+        y = in_windows(self.attended, x, size, (self.ws, self.ws))
+        return LocallyGroupedAttn.forward(self, x, size) if y is None else y
 
 
-def _mixed_biases(module):
-    if (module.q.bias is None) != (module.kv.bias is None):
-        return "only one of q and kv has a bias"
-    return None
-
-
-class FastGlobalSubSampleAttn(Fast, GlobalSubSampleAttn):
-    @classmethod
-    def unserved(cls, module, mode):
-        reason = first(
-            (
-                _dropout_in_training(module, mode),
-                not_plain_linear("q", module.q),
-                not_plain_linear("kv", module.kv),
-                not_plain_linear("proj", module.proj),
-            )
-        )
-        if reason or module.sr is None:
-            return reason or _mixed_biases(module)
-        if module.sr.kernel_size != module.sr.stride or module.sr.padding != (0, 0):
-            return f"sr has kernel {module.sr.kernel_size} and stride {module.sr.stride}"
-        return not_plain_conv("sr", module.sr) or not_layer_norm("norm", module.norm, LayerNorm)
-
-    def forward(self, x, size):
-        plan = self._hybridops_plan
-        weights = plan.derived(self, x)
-        if weights is not None:
-            return self._folded(x, size, weights, None, None)
-        if _drops(self) or not plan.intact():
-            return GlobalSubSampleAttn.forward(self, x, size)
-        q = linear(x, self.q.weight, self.q.bias)
-        if self.sr is not None:
-            image = x.unflatten(1, size).permute(0, 3, 1, 2)
-            x = self.norm(patch_embed(image, self.sr.weight, self.sr.bias, stride=self.sr_ratio))
-        kv = linear(x, self.kv.weight, self.kv.bias)
-        out = self._attend(q, kv)
-        return self.proj_drop(linear(out, self.proj.weight, self.proj.bias))
-
-    def derive(self):
-        if self.sr is None:
-            return self._merged(), None, None, scaled(self.proj)
-        return scaled(self.q), packed_patch(self.sr), scaled(self.kv), scaled(self.proj)
-
-    def _merged(self):
-        """q and kv as one product: without subsampling both read the same tokens."""
-        q, kv = self.q, self.kv
-        bias = None if q.bias is None else torch.cat([q.bias, kv.bias])
-        return packed_linear(torch.cat([q.weight, kv.weight]), bias)
-
-    def _folded(self, x, size, weights, norm, residual):
-        """proj(attend(norm(x))) + residual; norm is the block's LayerNorm, or None."""
-        (weight, bias, packed), sr, kv, proj = weights
-        if sr is None:
-            fused = None if norm is None else norm_of(norm)
-            out = _packed_attention(self, linear(x, weight, bias, norm=fused, packed=packed))
-        else:
-            if norm is not None:  # the convolution needs it too
-                x = norm(x)
-            q = linear(x, weight, bias, packed=packed)
-            image = x.unflatten(1, size).permute(0, 3, 1, 2)
-            fused, ratio = norm_of(self.norm), self.sr_ratio
-            x = patch_embed(image, sr.weight, sr.bias, stride=ratio, norm=fused, packed=sr.packed)
-            out = self._attend(q, linear(x, kv.weight, kv.bias, packed=kv.packed))
-        return linear(out, proj.weight, proj.bias, residual=residual, packed=proj.packed)
-
-    def _attend(self, q, kv):
-        B, N, C = q.shape
-        q = q.view(B, N, self.num_heads, -1)
-        k, v = kv.view(B, kv.shape[1], 2, self.num_heads, -1).unbind(2)
-        return attention(q, k, v, scale=None if self.fused_attn else self.scale).view(B, N, C)
+class FastGlobalSubSampleAttn(SubsampledAttention, GlobalSubSampleAttn):
+    pass
 
 
 class FastBlock(Fast, Block):
     @classmethod
     def unserved(cls, module, mode):
         if mode == "train":
-            return "training keeps the block as it is; attn and mlp are served"
-        attn, mlp = module.attn, module.mlp
-        reason = first(
-            (
-                not_one_of("attn", attn, LocallyGroupedAttn, GlobalSubSampleAttn),
-                not_one_of("mlp", mlp, Mlp),
-                not_layer_norm("norm1", module.norm1, LayerNorm),
-                not_layer_norm("norm2", module.norm2, LayerNorm),
-                not_one_of("drop_path1", module.drop_path1, nn.Identity, DropPath),
-                not_one_of("drop_path2", module.drop_path2, nn.Identity, DropPath),
-            )
-        )
-        if reason:
-            return reason
-        local = isinstance(attn, LocallyGroupedAttn)
-        rule = FastLocallyGroupedAttn if local else FastGlobalSubSampleAttn
-        reason = rule.unserved(attn, mode)
-        if reason:
-            return f"attn: {reason}"
-        reason = FastMlp.unserved(mlp, mode)
-        if reason:
-            return f"mlp: {reason}"
-        return None if type(mlp.norm) is nn.Identity else "a norm inside mlp; the parts are served"
+            return PARTS
+        rules = (FastLocallyGroupedAttn, FastGlobalSubSampleAttn)
+        return not_pre_norm(module, {rule.replaces: rule for rule in rules})
 
     @classmethod
     def facts(cls, module):
@@ -217,22 +59,16 @@ class FastBlock(Fast, Block):
             return Block.forward(self, x, size)
         attn, (parts, fc1, fc2) = self.attn, weights
         if isinstance(attn, FastGlobalSubSampleAttn):
-            return self._mlp(attn._folded(x, size, parts, self.norm1, x), fc1, fc2)
-        ws = attn.ws
-        if size[0] % ws or size[1] % ws:  # the zeros come behind the norm, so it cannot be fused
-            return self._mlp(x + attn._attend(self.norm1(x), size, *parts), fc1, fc2)
+            return self._mlp(attn.folded(x, size, parts, self.norm1, x), fc1, fc2)
+        window = (attn.ws, attn.ws)
+        if size[0] % attn.ws or size[1] % attn.ws:  # zeros come behind the norm: it is not fused
+            normed = self.norm1(x)
+            mixed = in_windows(lambda tokens: attn.folded(tokens, parts), normed, size, window)
+            return self._mlp(x + mixed, fc1, fc2)
         # the whole block stays in window order: only the two permutations touch memory
-        x = into_windows(x, size, ws)
-        x = attention_layer(
-            x,
-            *parts,
-            heads=attn.num_heads,
-            key_dim=x.shape[2] // attn.num_heads,
-            scale=None if attn.fused_attn else attn.scale,
-            norm=norm_of(self.norm1),
-            residual=True,
-        )
-        return from_windows(self._mlp(x, fc1, fc2), size, ws)
+        x = into_windows(x, size, window)
+        x = attn.folded(x, parts, norm=norm_of(self.norm1), residual=True)
+        return from_windows(self._mlp(x, fc1, fc2), size, window)
 
     def derive(self):
         attn, mlp, norms = self.attn, self.mlp, (self.norm1, self.norm2)

@@ -2,57 +2,30 @@
 
 from __future__ import annotations
 
-from timm.layers import DropPath, LayerScale
 from timm.layers.attention import Attention
-from timm.layers.mlp import Mlp
-from timm.layers.norm import LayerNorm
 from timm.models.vision_transformer import Block
 from torch import nn
 
 from .block import block_layers
 from .chained import Chained
-from .fast import (
-    activation_name,
-    fall_back,
-    first,
-    not_layer_norm,
-    not_one_of,
-)
-from .timm_layers import FastAttention, FastMlp
+from .fast import activation_name, fall_back
+from .qkv import scale_of
+from .timm_block import PARTS, not_pre_norm
+from .timm_layers import FastAttention
 
 
 class FastBlock(Chained, Block):
+    invisible = FastAttention.invisible
+
     @classmethod
     def unserved(cls, module, mode):
-        attn, mlp = module.attn, module.mlp
-        reason = first(
-            (
-                not_one_of("attn", attn, Attention),
-                not_one_of("mlp", mlp, Mlp),
-                not_layer_norm("norm1", module.norm1, LayerNorm),
-                not_layer_norm("norm2", module.norm2, LayerNorm),
-                not_one_of("ls1", module.ls1, nn.Identity, LayerScale),
-                not_one_of("ls2", module.ls2, nn.Identity, LayerScale),
-                not_one_of("drop_path1", module.drop_path1, nn.Identity, DropPath),
-                not_one_of("drop_path2", module.drop_path2, nn.Identity, DropPath),
-            )
-        )
-        if reason:
+        if mode == "train":
+            return PARTS
+        reason = not_pre_norm(module, {Attention: FastAttention})
+        norms = (module.attn.norm, module.attn.q_norm, module.attn.k_norm)
+        if reason or all(type(norm) is nn.Identity for norm in norms):
             return reason
-        reason = FastAttention.unserved(attn, "inference")
-        if reason:
-            return f"attn: {reason}"
-        reason = FastMlp.unserved(mlp, "inference")
-        if reason:
-            return f"mlp: {reason}"
-        inner = (attn.norm, attn.q_norm, attn.k_norm, mlp.norm)
-        if any(type(norm) is not nn.Identity for norm in inner):
-            return "a norm inside attn or mlp; those are served on their own"
-        return (
-            "training keeps the block as it is; attn and mlp are served"
-            if mode == "train"
-            else None
-        )
+        return "a norm inside attn; the parts are served"
 
     @classmethod
     def facts(cls, module):
@@ -65,6 +38,4 @@ class FastBlock(Chained, Block):
         return Chained.forward(self, x)
 
     def layers(self):
-        # torch's fused attention takes no scale from timm, so neither do we
-        scale = None if self.attn.fused_attn else self.attn.scale
-        return block_layers(self, self._hybridops_plan.facts, scale)
+        return block_layers(self, self._hybridops_plan.facts, scale_of(self.attn))

@@ -1,0 +1,113 @@
+"""timm's models by name, at their real depth and a small image: verified, restored, explained."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from hybridops import explain, optimize, report, restore, verify
+from hybridops.optimize import Fast
+
+
+class Real(NamedTuple):
+    """A model: its image, whether it has to be told, rules that must serve, reasons to be named."""
+
+    size: int
+    told: bool  # img_size is one of its arguments
+    rules: str
+    reasons: tuple[str, ...] = ()
+
+
+CHANNELS, TALKING = "channel attention", "talking heads"
+FAST = {
+    "swin_tiny_patch4_window7_224": Real(
+        112, True, "PatchEmbed Block WindowAttention Mlp PatchMerging"
+    ),
+    "pvt_v2_b0": Real(64, False, "OverlapPatchEmbed Block Attention MlpWithDepthwiseConv"),
+    "maxvit_pico_rw_256": Real(64, True, "PartitionAttentionCl AttentionCl Mlp"),
+    "tiny_vit_5m_224": Real(96, False, "TinyVitAttention NormMlp"),
+    "davit_tiny": Real(64, False, "DavitConvPosEnc WindowAttention Mlp", (CHANNELS,)),
+    "levit_conv_128s": Real(224, False, "Stem16 LevitBlock LevitDownsample LevitDistilled"),
+}
+SLOW = {
+    "swin_s3_tiny_224": Real(112, True, "Block WindowAttention PatchMerging"),
+    "swinv2_tiny_window8_256": Real(128, True, "WindowAttentionV2 Mlp PatchMergingV2"),
+    "swinv2_cr_tiny_224": Real(112, True, "WindowMultiHeadAttention Mlp"),
+    "pvt_v2_b1": Real(96, False, "OverlapPatchEmbed Block Attention MlpWithDepthwiseConv"),
+    "pvt_v2_b2_li": Real(64, False, "OverlapPatchEmbed Block Attention MlpWithDepthwiseConv"),
+    "maxvit_tiny_tf_224": Real(64, True, "PartitionAttentionCl AttentionCl Mlp"),
+    "maxvit_rmlp_pico_rw_256": Real(64, True, "PartitionAttentionCl AttentionCl Mlp"),
+    "maxvit_tiny_pm_256": Real(64, True, "AttentionCl Mlp", ("two attentions share",)),
+    "maxxvit_rmlp_nano_rw_256": Real(64, True, "PartitionAttentionCl AttentionCl Mlp"),
+    "maxxvitv2_nano_rw_256": Real(64, True, "PartitionAttentionCl AttentionCl Mlp"),
+    "coatnet_pico_rw_224": Real(64, True, "Attention2d"),
+    "coatnet_rmlp_nano_rw_224": Real(64, True, "Attention2d Mlp"),
+    "coatnet_0_224": Real(64, True, "Attention2d"),
+    "coatnext_nano_rw_224": Real(64, True, "Attention2d"),
+    "mobilevit_xxs": Real(64, False, "Block Attention Mlp ConvNormAct"),
+    "mobilevitv2_050": Real(64, False, "ConvNormAct", ("separable attention",)),
+    "efficientformer_l1": Real(224, False, "MetaBlock1d EfficientFormerAttention Mlp"),
+    "efficientformerv2_s0": Real(224, False, "ConvNormAct", (TALKING,)),
+    "xcit_nano_12_p16_224": Real(64, True, "LPI ClassAttn Mlp", (CHANNELS,)),
+    "xcit_nano_12_p8_224": Real(64, True, "LPI ClassAttn Mlp", (CHANNELS,)),
+    "coat_tiny": Real(64, True, "CoatConvPosEnc PatchEmbed Mlp", ("factorised attention",)),
+    "coat_lite_tiny": Real(64, True, "CoatConvPosEnc PatchEmbed Mlp", ("factorised attention",)),
+    "fastvit_t8": Real(64, False, "ConvNormAct"),
+    "fastvit_sa12": Real(64, False, "ConvNormAct FastVitAttention", ("7 x 7 on an NCHW",)),
+    "fastvit_mci0": Real(64, False, "ConvNormAct FastVitAttention", ("7 x 7 on an NCHW",)),
+    "crossvit_tiny_240": Real(240, False, "Block Attention Mlp CrossAttention"),
+    "crossvit_9_dagger_240": Real(240, False, "Block Attention Mlp CrossAttention"),
+    "cait_xxs24_224": Real(64, True, "PatchEmbed ClassAttn Mlp", (TALKING,)),
+    "beit_base_patch16_224": Real(64, True, "PatchEmbed BeitBlock BeitAttention Mlp"),
+    "beitv2_base_patch16_224": Real(64, True, "PatchEmbed BeitBlock BeitAttention Mlp"),
+    "beit3_base_patch16_224": Real(64, True, "PatchEmbed Attention Mlp", ("norm inside",)),
+    "eva02_tiny_patch14_224": Real(56, True, "PatchEmbed EvaAttention GluMlp"),
+    "vit_pe_core_tiny_patch16_384": Real(64, True, "PatchEmbed AttentionRope Mlp"),
+    "deit_tiny_distilled_patch16_224": Real(64, True, "PatchEmbed Block Attention Mlp"),
+    "deit3_small_patch16_224": Real(64, True, "PatchEmbed Block Attention Mlp"),
+    "vit_relpos_small_patch16_224": Real(64, True, "PatchEmbed RelPosBlock RelPosAttention Mlp"),
+    "levit_128s": Real(224, False, "Stem16 LevitBlock LevitDownsample LevitDistilled"),
+    "twins_svt_small": Real(64, False, "Twins Block LocallyGroupedAttn GlobalSubSampleAttn Mlp"),
+    "twins_pcpvt_small": Real(64, False, "Twins Block GlobalSubSampleAttn Mlp"),
+    "nest_tiny": Real(224, False, "NestAttention Mlp"),
+    "pit_ti_224": Real(224, False, "Block Attention Mlp"),
+}
+
+
+def build(timm: Any, name: str, real: Real) -> tuple[torch.nn.Module, torch.Tensor]:
+    options = {"img_size": real.size} if real.told else {}
+    model = timm.create_model(name, num_classes=10, **options).eval()
+    return model, torch.randn(1, 3, real.size, real.size)
+
+
+@pytest.mark.parametrize(
+    ("name", "real"),
+    [
+        *(pytest.param(n, r, id=n) for n, r in FAST.items()),
+        *(pytest.param(n, r, id=n, marks=pytest.mark.models) for n, r in SLOW.items()),
+    ],
+)
+@torch.no_grad()
+def test_real_model(timm, name, real):
+    model, x = build(timm, name, real)
+    before, state = model(x), {k: v.clone() for k, v in model.state_dict().items()}
+    foreseen = explain(model)
+    optimize(model)
+
+    served = {line.rule.partition(":Fast")[2] for line in foreseen.layers if line.rule}
+    assert served >= set(real.rules.split())
+    reasons = " ".join(line.reason for line in foreseen.layers if line.reason)
+    assert all(reason in reasons for reason in real.reasons)
+    assert all(line.rule or line.reason for line in foreseen.layers)
+    assert [line.rule for line in report(model).layers] == [line.rule for line in foreseen.layers]
+
+    result = verify(model, x)
+    assert result.ok, str(result)
+    assert torch.isfinite(model(x)).all()
+    assert not report(model).fallbacks
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+    restore(model)
+    assert not any(isinstance(m, Fast) for m in model.modules())
+    assert torch.equal(model(x), before)
