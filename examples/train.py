@@ -301,9 +301,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="made if missing")
     parser.add_argument("--resume", action="store_true", help="go on from DIR/checkpoint.pt")
-    parser.add_argument("--steps", type=whole, default=880, metavar="N", help="default: 880")
+    parser.add_argument("--steps", type=whole, default=1100, metavar="N", help="default: 1100")
     parser.add_argument("--batch", type=whole, default=64, metavar="N", help="of all processes")
-    parser.add_argument("--lr", type=float, default=2e-3, metavar="X", help="default: 0.002")
+    parser.add_argument("--lr", type=float, default=1e-3, metavar="X", help="default: 0.001")
     parser.add_argument("--seed", type=int, default=0, metavar="N")
     parser.add_argument(
         "--backend",
