@@ -19,7 +19,7 @@ def cpvt(mode="inference") -> nn.Module:
 
 def levit(mode="inference") -> nn.Module:
     shape = {"embed_dim": (32, 48), "key_dim": 8, "num_heads": (2, 3), "depth": (1, 1)}
-    return Levit(64, num_classes=5, **shape)
+    return Levit(img_size=64, num_classes=5, **shape)
 
 
 def vit(mode="inference") -> nn.Module:

@@ -33,7 +33,7 @@ def test_one_graph_serves_any_batch_and_size(train):
     model = build("cpvt").model.train(train)
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=counter)
-    for shape in ((2, 64, 64), (3, 48, 40), (5, 24, 72), (7, 80, 80)):
+    for shape in ((2, 64, 56), (3, 48, 40), (5, 24, 72), (7, 80, 80)):
         images = torch.randn(shape[0], 3, *shape[1:])
         ours, theirs = compiled(images), model(images)
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
