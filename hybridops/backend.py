@@ -17,6 +17,7 @@ import functools
 import importlib.util
 import json
 import os
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -204,7 +205,7 @@ def which(op: str, x: Tensor, unserved: str | None = None, size: float = 0) -> s
     whether any kernel serves, leaves it out where no row has a limit).
     Raises BackendUnavailable when `use()` forces a backend that cannot serve.
     """
-    if _forced == "reference":
+    if _forced == "reference" or _exports_to_onnx():
         return "reference"
     names, reason = _kernels(op, x, size)
     reason = unserved or reason
@@ -220,6 +221,13 @@ def which(op: str, x: Tensor, unserved: str | None = None, size: float = 0) -> s
     if not torch.compiler.is_compiling():
         fallbacks[op, reason] += 1
     return "reference"
+
+
+def _exports_to_onnx() -> bool:
+    """Whether torch.onnx.export is tracing: ONNX knows none of our ops, but all of torch's."""
+    if not torch.compiler.is_exporting() or "torch.onnx._internal.exporter" not in sys.modules:
+        return False
+    return torch.onnx.is_in_onnx_export()
 
 
 def runs_at_once(x: object) -> bool:

@@ -23,6 +23,8 @@ PARAMETERS = {
     "detr_resnet101": 60_464_672,
     "detr_resnet101_dc5": 60_464_672,
     "detr_resnet50_panoptic": 42_899_288,
+    "detr_resnet50_dc5_panoptic": 42_899_288,
+    "detr_resnet101_panoptic": 42_899_288 + 60_464_672 - 41_524_768,
 }
 SMALL = {"num_classes": 11, "num_queries": 12, "dim": 64, "heads": 8, "hidden": 96}
 

@@ -37,6 +37,9 @@ CPVT_PARAMETERS = {
     "cpvt_base": 86_424_040,
     "cpvt_base_peg5": 86_454_760,
     "cpvt_base_gap_peg5": 86_453_992,
+    "cpvt_tiny_gap": 5_681_512 - 192,  # without the class token
+    "cpvt_small_gap": 21_978_856 - 384,
+    "cpvt_base_gap": 86_424_040 - 768,
 }
 
 

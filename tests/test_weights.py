@@ -143,6 +143,48 @@ def test_not_ours(make, content, needle, tmp_path):
     refused(make(), path, str(path), needle)
 
 
+@pytest.mark.parametrize(
+    ("spoil", "needle"),
+    [
+        (lambda t: t.to("meta"), "without data"),
+        (lambda t: t.to_sparse(), "sparse_coo"),
+        (lambda t: t.to(torch.complex64), "torch.complex64 for torch.float32"),
+        (lambda t: t.to(torch.int32), "torch.int32 for torch.float32"),
+    ],
+    ids=["meta", "sparse", "complex", "integer"],
+)
+def test_tensors_of_no_use(spoil, needle):
+    """The first tensors are fine: they, too, must not get in."""
+    model, state = small_levit(), small_levit().state_dict()
+    name = "head.linear.weight"
+    state[name] = spoil(state[name])
+    error = refused(model, state, f"1 of no use ({name} is {needle}")
+    assert error.unusable == (name,)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_another_precision_is_rounded_to_the_models(dtype):
+    model, state = small_levit(), small_levit().state_dict()
+    load_weights(model, {k: v.to(dtype) if v.is_floating_point() else v for k, v in state.items()})
+    assert model.head.linear.weight.dtype == torch.float32
+    expected = state["head.linear.weight"].to(dtype).float()
+    assert same_bits(model.head.linear.weight.detach(), expected)
+
+
+def test_the_download_folder_is_its_owners(monkeypatch, tmp_path):
+    hub = tmp_path / "hub"
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(hub))
+    seen = []
+
+    def load(url, **kwargs):
+        seen.append((hub / "checkpoints").stat().st_mode & 0o777)
+        return {"model": official(create_model("levit_128s"))}
+
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", load)
+    create_model("levit_128s", pretrained=True)
+    assert seen == [0o700]
+
+
 def test_pretrained(monkeypatch):
     source = create_model("levit_128s")
     asked = {}

@@ -79,6 +79,7 @@ def _build_parser() -> argparse.ArgumentParser:
     _add_doctor(add)
     _add_explain(add)
     _add_optimize(add)
+    _add_parity(add)
     _add_profile(add)
     _add_tune(add)
     return parser
@@ -168,6 +169,19 @@ def _add_optimize(add) -> None:
     optimize.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
     optimize.add_argument("--batch", action="store_true", help="all images in one batch")
     _add_download(optimize)
+
+
+def _add_parity(add) -> None:
+    parity = add(
+        "parity",
+        "list the error of every class that is served, forward and backward, in small models",
+        "--out docs/parity.md --json parity.json",
+        "timm:levit* hf:* --json parity.json",
+    )
+    parity.add_argument("models", nargs="*", metavar="PATTERN", help="of the list (default: all)")
+    parity.add_argument("--out", type=Path, metavar="FILE.md", help="write the table as Markdown")
+    parity.add_argument("--json", type=Path, metavar="FILE", help="write the same as JSON")
+    parity.add_argument("--quiet", action="store_true", help="no table, no progress")
 
 
 def _add_profile(add) -> None:

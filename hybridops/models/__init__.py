@@ -69,6 +69,8 @@ def create_model(
 def _download(name):
     url = _PRETRAINED[name]
     try:
+        # whoever can write here chooses our weights; torch would make it as the umask says
+        (Path(torch.hub.get_dir()) / "checkpoints").mkdir(0o700, parents=True, exist_ok=True)
         state = torch.hub.load_state_dict_from_url(
             url, map_location="cpu", check_hash=True, weights_only=True
         )

@@ -28,7 +28,8 @@ State = Mapping[str, Tensor]
 class WeightsError(ValueError):
     """Weights that cannot be loaded: unreadable, of an unknown family, or not of this model.
 
-    missing, unexpected: names; mismatched: name -> (the shape we need, the shape we got).
+    missing, unexpected: names; mismatched: name -> (the shape we need, the shape we got); unusable:
+    names of tensors whose kind cannot be copied (without data, sparse, integers for real numbers).
     """
 
     def __init__(
@@ -37,11 +38,13 @@ class WeightsError(ValueError):
         missing: tuple[str, ...] = (),
         unexpected: tuple[str, ...] = (),
         mismatched: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]] | None = None,
+        unusable: tuple[str, ...] = (),
     ) -> None:
         super().__init__(message)
         self.missing = missing
         self.unexpected = unexpected
         self.mismatched = dict(mismatched or {})
+        self.unusable = unusable
 
 
 def read_file(path: str | Path) -> Any:
@@ -92,14 +95,14 @@ def load_weights(model: nn.Module, source: State | str | Path) -> str:
         family, state = to_own_keys(model, _state_of(content))
         check(model, state)
     except WeightsError as error:
-        details = (error.missing, error.unexpected, error.mismatched)
+        details = (error.missing, error.unexpected, error.mismatched, error.unusable)
         raise WeightsError(f"{where}{error}", *details) from None
     model.load_state_dict(state)
     return family
 
 
 def check(model: nn.Module, state: State) -> None:
-    """Raises WeightsError unless the state dict has just the model's keys and shapes."""
+    """Raises WeightsError unless the state dict has just the model's keys, shapes and kinds."""
     own = model.state_dict()
     missing = tuple(k for k in own if k not in state)
     unexpected = tuple(k for k in state if k not in own)
@@ -108,7 +111,8 @@ def check(model: nn.Module, state: State) -> None:
         for k, t in own.items()
         if k in state and t.shape != state[k].shape
     }
-    if not (missing or unexpected or mismatched):
+    kinds = {k: kind for k, t in own.items() if k in state and (kind := _unusable(t, state[k]))}
+    if not (missing or unexpected or mismatched or kinds):
         return
     shapes = [f"{k} is {got}, needs {want}" for k, (want, got) in mismatched.items()]
     parts = [
@@ -117,11 +121,23 @@ def check(model: nn.Module, state: State) -> None:
             ("missing", missing),
             ("unexpected", unexpected),
             ("of another shape", shapes),
+            ("of no use", [f"{k} is {kind}" for k, kind in kinds.items()]),
         )
         if names
     ]
     message = f"weights do not fit {type(model).__name__}: {'; '.join(parts)}"
-    raise WeightsError(message, missing, unexpected, mismatched)
+    raise WeightsError(message, missing, unexpected, mismatched, tuple(kinds))
+
+
+def _unusable(own: Tensor, given: Tensor) -> str | None:
+    """Why `given` cannot be copied as it is: torch would find out in the middle, or not at all."""
+    if given.is_meta:
+        return "without data (meta)"
+    if given.layout != torch.strided:
+        return f"{given.layout}".removeprefix("torch.")
+    if given.is_complex() or given.is_floating_point() != own.is_floating_point():
+        return f"{given.dtype} for {own.dtype}"
+    return None
 
 
 def _some(names) -> str:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import pack_conv, pack_linear
+from ..ops._contract import is_autocast_on
 from ..ops.layer import Weights
 from ..ops.patch_embed import pack_patch
 
@@ -142,8 +143,8 @@ def in_graph(weight: Tensor) -> bool:
 
 def _weights(owner, name, sources, fold, pack) -> Weights:
     """What fold() gives, packed; under autocast in its dtype, rounded once behind the fold."""
-    device = sources[0].device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    lead = sources[0]
+    dtype = torch.get_autocast_dtype(lead.device.type) if is_autocast_on(lead) else None
 
     def make():
         weight, bias = fold()

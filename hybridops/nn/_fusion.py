@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from .. import backend, ops
 from ..ops._contract import ACTIVATIONS as ACTIVATE
+from ..ops._contract import is_autocast_on
 from ._derived import Weights, linear_weights
 
 LINEARS = {nn.Linear, NonDynamicallyQuantizableLinear}
@@ -86,7 +86,7 @@ def norm_args(norm: Any, x: Tensor) -> tuple[Tensor, Tensor | None, float] | Non
 
 def keeps_fp32(x: Tensor) -> bool:
     """Autocast: torch computes LayerNorm and the residual stream in fp32, so they stay apart."""
-    return torch.is_autocast_enabled(x.device.type)
+    return is_autocast_on(x)
 
 
 def plain_linears(owner: nn.Module, *names: str) -> list[Weights] | None:

@@ -192,7 +192,7 @@ def unpack_norm(op: str, norm: object) -> tuple[Tensor | None, Tensor | None, fl
 def check_eps(op: str, name: str, eps: object) -> None:
     if not isinstance(eps, (int, float)) or isinstance(eps, bool):
         raise TypeError(f"{op}: {name} must be a number, got {type(eps).__name__}")
-    if not (math.isfinite(eps) and eps >= 0):
+    if not 0 <= eps < math.inf:  # math.isfinite would end a graph in which eps is a symbol
         raise ValueError(f"{op}: {name} must be finite and not negative, got {eps}")
 
 

@@ -179,7 +179,7 @@ def attention(
         scale = D**-0.5 if D else 1.0
     elif not isinstance(scale, (int, float)) or isinstance(scale, bool):
         raise TypeError(f"attention: scale must be a number, got {type(scale).__name__}")
-    if not math.isfinite(scale):
+    if not -math.inf < scale < math.inf:  # as in check_eps, for symbols too
         raise ValueError(f"attention: scale must be finite, got {scale}")
     if backend.which("attention", q, _unserved(q, v)) == "reference":
         if bias_index is not None:

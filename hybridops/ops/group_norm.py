@@ -28,6 +28,7 @@ from ._contract import (
     check_one_device,
     check_shape,
     check_tensor,
+    is_autocast_on,
     library,
 )
 
@@ -107,4 +108,4 @@ def group_norm(
 
 def _mixed(x):
     """Autocast brings fp32 parameters to images in its own dtype; torch sorts that out."""
-    return torch.is_autocast_enabled(x.device.type)
+    return is_autocast_on(x)

@@ -19,6 +19,7 @@ from torch.nn.modules import module as _module
 from .. import backend
 from ..nn._derived import Weights, derived, fold_behind, in_graph
 from ..ops import pack_linear, pack_patch
+from ..ops._contract import is_autocast_on
 
 PLAN = "_hybridops_plan"
 _GLOBAL_HOOKS = (_module._global_forward_hooks, _module._global_forward_pre_hooks)
@@ -99,7 +100,7 @@ class Plan:
         Not while any part trains (dropout alone, say), nor under autocast, which keeps norms and
         sums in fp32.
         """
-        if not self.fold or module.training or torch.is_autocast_enabled(x.device.type):
+        if not self.fold or module.training or is_autocast_on(x):
             return False
         if torch.compiler.is_compiling():
             return self._intact_in_graph() and not any(c.training for c in self._children)

@@ -3,6 +3,7 @@
 model = create_model("detr_resnet50", pretrained=True).eval()
 batch = detr.preprocess(photographs)                      # (3, height, width) uint8, any sizes
 objects = detr.detections(model(batch.images, batch.padding_mask), batch)
+segments = detr.segments(panoptic(batch.images, batch.padding_mask), batch)  # detr_*_panoptic
 loss = detr.set_loss(model.train()(images, padding_mask), targets)["loss"]
 """
 
@@ -17,20 +18,24 @@ from torch import nn
 from .labels import COCO
 from .loss import Weights, match, set_loss
 from .model import Detr, Prediction
+from .panoptic import STUFF, Segments, segments
 from .processing import Batch, Objects, detections, preprocess
 
 __all__ = [
     "COCO",
     "MODELS",
     "PRETRAINED",
+    "STUFF",
     "Batch",
     "Detr",
     "Objects",
     "Prediction",
+    "Segments",
     "Weights",
     "detections",
     "match",
     "preprocess",
+    "segments",
     "set_loss",
 ]
 

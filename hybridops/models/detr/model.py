@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from ... import backend
 from ...nn import MultiheadAttention
@@ -38,6 +39,10 @@ class Prediction(NamedTuple):
     boxes: Tensor
     auxiliary: tuple[Prediction, ...] = ()
     masks: Tensor | None = None
+
+
+# torch.export.save writes results by name
+pytree._register_namedtuple(Prediction, serialized_type_name="hybridops.models.detr.Prediction")
 
 
 def sine_positions(valid: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
@@ -198,7 +203,7 @@ class Detr(nn.Module):
         _check(images, padding_mask)
         features = self.backbone(images)
         grid = features[-1].shape[-2:]
-        valid = _valid(padding_mask, len(images), grid, images.device)
+        valid = _valid(padding_mask, images.shape[0], grid, images.device)
         pos = sine_positions(valid, self.dim, images.dtype)
         padding = None if padding_mask is None else ~valid.flatten(1)
         source = self._tokens(features[-1])
@@ -220,7 +225,7 @@ class Detr(nn.Module):
 
     def _decode(self, memory: Tensor, keys: Tensor, padding: Tensor | None) -> list[Tensor]:
         """The normed queries behind every decoder layer while training, else behind the last."""
-        pos = self.query_embed.weight.to(memory.dtype).expand(len(memory), -1, -1)
+        pos = self.query_embed.weight.to(memory.dtype).expand(memory.shape[0], -1, -1)
         x = torch.zeros_like(pos)
         states = []
         for layer in self.decoder.layers:

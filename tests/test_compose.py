@@ -1,0 +1,216 @@
+"""Whole models under what PyTorch offers around them: compilers, exporters, copies, workers."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from check import accurate, same_bits
+from composed import MODELS, build, first
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader, Dataset
+
+import hybridops
+from hybridops import backend
+
+ALL = list(MODELS)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler(timm):
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
+def test_one_graph_serves_any_batch_and_size(train):
+    """Recompiled once at most, however many sizes there are."""
+    model = build("cpvt").model.train(train)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=counter)
+    for shape in ((2, 64, 56), (3, 48, 40), (7, 80, 80)):
+        images = torch.randn(shape[0], 3, *shape[1:])
+        ours, theirs = compiled(images), model(images)
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+        if train:
+            names, weights = zip(*model.named_parameters(), strict=True)
+            pairs = (torch.autograd.grad(y.square().sum(), weights) for y in (ours, theirs))
+            for name, mine, expected in zip(names, *pairs, strict=True):
+                torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-4, msg=name)
+    assert counter.frame_count <= 2
+
+
+@pytest.mark.parametrize("name", ["levit", "vit"])
+def test_one_graph_serves_any_batch(name):
+    built = build(name)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(built.model, fullgraph=True, dynamic=True, backend=counter)
+    for batch in (2, 3, 5, 9):
+        images = torch.randn(batch, *built.images.shape[1:])
+        torch.testing.assert_close(compiled(images), built(images), rtol=1e-5, atol=1e-5)
+    assert counter.frame_count <= 2
+
+
+@pytest.mark.parametrize("name", [*ALL[:3], pytest.param("detr", marks=pytest.mark.models)])
+def test_exports_and_loads_with_a_free_batch(name, tmp_path):
+    built = build(name)
+    sizes = ({0: torch.export.Dim("batch", max=64)},)
+    with torch.no_grad():
+        program = torch.export.export(built.model, (built.images,), dynamic_shapes=sizes)
+        torch.export.save(program, tmp_path / "model.pt2")
+        again = torch.export.load(tmp_path / "model.pt2").module()
+        more = torch.randn(5, *built.images.shape[1:])
+        for images in (built.images, more):
+            torch.testing.assert_close(first(again(images)), built(images), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["cpvt", pytest.param("vit", marks=pytest.mark.models)])
+def test_aot_inductor_package_gives_the_same(name, tmp_path):
+    built = build(name)
+    with torch.no_grad():
+        program = torch.export.export(built.model, (built.images,))
+        path = torch._inductor.aoti_compile_and_package(
+            program, package_path=str(tmp_path / "model.pt2")
+        )
+        ours = first(torch._inductor.aoti_load_package(path)(built.images))
+        torch.testing.assert_close(ours, built(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["cpvt", "vit", *(pytest.param(n, marks=pytest.mark.models) for n in ("levit", "detr"))],
+)
+def test_runs_in_onnxruntime(name, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    built = build(name)
+    program = torch.onnx.export(built.model, (built.images,), dynamo=True, verbose=False)
+    domains = {node.domain for node in program.model.graph}
+    assert "hybridops" not in domains
+    program.save(tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(
+        str(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"]
+    )
+    feed = {session.get_inputs()[0].name: built.images.numpy()}
+    ours = torch.from_numpy(session.run(None, feed)[0])
+    torch.testing.assert_close(ours, built(), rtol=1e-4, atol=1e-5)
+    with torch.no_grad():  # and nothing is left behind: our kernels serve again
+        assert backend.which("linear", built.images) == backend.available()[0]
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_autocast_is_as_exact_as_torchs(name):
+    built = build(name)
+    exact = copy.deepcopy(built.model).double()
+    with torch.no_grad():
+        with torch.autocast("cpu", torch.bfloat16):
+            ours = built()
+            with hybridops.use("reference"):
+                theirs = built()
+        with hybridops.use("reference"):
+            truth = first(exact(built.images.double()))
+    assert ours.dtype == theirs.dtype
+    accurate(ours, theirs, truth, name)
+
+
+def gradients(model, run):
+    model.zero_grad()
+    outputs = [y for y in tree_leaves(run()) if isinstance(y, torch.Tensor)]
+    sum(y.square().sum() for y in outputs).backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("name", ["cpvt", "vit", "detr"])
+def test_activation_checkpointing_gives_the_same_gradients(name, reentrant):
+    model, images = build(name, "train")
+    model.train()
+    images.requires_grad_()  # or the re-entrant kind would record nothing
+    plain = gradients(model, lambda: model(images))
+    dx = images.grad.clone()
+    images.grad = None
+    saved = gradients(model, lambda: checkpoint(model, images, use_reentrant=reentrant))
+    assert same_bits(images.grad, dx)
+    assert set(saved) == set(plain)
+    for key, grad in saved.items():
+        assert same_bits(grad, plain[key]), key
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_memory_format_changes_nothing(name):
+    built = build(name)
+    assert same_bits(built(built.images.contiguous(memory_format=torch.channels_last)), built())
+    sliced = torch.randn(4, 3, 70, 70)[::2, :, 1 : 1 + built.images.shape[2], 3:]
+    sliced = sliced[..., : built.images.shape[3]]
+    assert same_bits(built(sliced), built(sliced.contiguous()))
+
+
+def by_torch_save(model):
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), by_torch_save]
+)
+@pytest.mark.parametrize("name", ALL)
+def test_copies_are_equal_and_apart(name, copied):
+    built = build(name)
+    before = built()  # fills every cache first
+    twin = copied(built.model)
+    assert same_bits(first(twin(built.images)), before)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.mul_(1.5)
+    assert not torch.equal(first(twin(built.images)), before)
+    assert same_bits(built(), before)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_moves_between_dtypes_and_to_meta(name):
+    model, images = build(name)
+    with torch.no_grad():
+        expected = first(model(images))
+        half = first(model.bfloat16()(images.bfloat16()))
+        assert half.dtype == torch.bfloat16
+        assert half.shape == expected.shape
+        wide = first(model.double()(images.double()))
+        assert wide.dtype == torch.float64
+        shape = first(model.to("meta")(images.double().to("meta"))).shape
+        assert shape == expected.shape
+
+
+class Embedded(Dataset):
+    """Features made in the worker: a model, as in distillation or caching."""
+
+    def __init__(self, model, images):
+        self.model, self.images = model, images
+
+    def __len__(self):
+        return len(self.images)
+
+    @torch.no_grad()
+    def __getitem__(self, i):
+        return first(self.model(self.images[i : i + 1]))[0]
+
+
+@pytest.mark.parametrize("start", ["fork", "spawn"])
+@pytest.mark.parametrize("name", ["cpvt", "vit"])
+def test_runs_in_the_workers_of_a_data_loader(name, start):
+    model, images = build(name)
+    dataset = Embedded(model, images)
+    expected = torch.stack([dataset[i] for i in range(len(dataset))])  # kernels ran before a fork
+    loader = DataLoader(
+        dataset, batch_size=2, num_workers=1, multiprocessing_context=start, timeout=240
+    )
+    (found,) = list(loader)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)  # one thread there, two here

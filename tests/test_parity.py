@@ -1,0 +1,103 @@
+"""hybridops parity: classes found by themselves, and a planted fault that it must see."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from hybridops.bench import parity as measured
+from hybridops.bench.parity import parity
+from hybridops.bench.parity_models import MODELS, Small
+from hybridops.cli import main
+from hybridops.cli.parity import markdown
+from hybridops.optimize.rules import RULES
+
+VIT = next(m for m in MODELS if m.name == "timm:vit_tiny_patch16_224")
+CPVT = Small("hybridops:cpvt_tiny", 16, {"depth": 1, "patch_size": 8})
+MLP = "timm.layers.mlp:Mlp"
+
+
+def test_table_of_a_model_of_timm(timm):
+    table = parity([VIT])
+    assert table.ok
+    assert not table.unbuilt
+    assert set(RULES) <= set(table.entries)
+    entry = table.entries[MLP]
+    assert entry.status == "ok"
+    assert entry.rule == "FastMlp"
+    assert entry.models == [VIT.name]
+    for worst in (entry.forward, entry.backward):
+        assert 0 < worst.error <= worst.allowed
+        assert worst.torchs > 0
+        assert worst.where.startswith(f"{VIT.name} blocks.0.mlp")
+    assert table.entries["timm.models.levit:Stem16"].status == "not covered"
+    page = markdown(table)
+    assert f"| `{MLP}` | FastMlp |" in page
+    assert "- `timm.models.levit:Stem16`: not covered" in page
+
+
+def test_our_own_modules():
+    table = parity([CPVT])
+    assert table.ok
+    for path in ("hybridops.nn.peg:PEG", "hybridops.models.cpvt:Cpvt", "hybridops.nn.mlp:Mlp"):
+        entry = table.entries[path]
+        assert entry.forward is not None, path
+        assert entry.backward is not None, path
+    assert table.entries["hybridops.models.levit:Levit"].status == "not covered"
+
+
+class Slip(torch.autograd.Function):
+    """The identity, with a gradient that is 0.1 % too large."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, dy):
+        return dy * 1.001
+
+
+@pytest.mark.parametrize("side", ["forward", "backward"])
+def test_a_fault_is_seen_where_it_is(timm, monkeypatch, side):
+    from hybridops.optimize.timm_layers import FastMlp
+
+    forward = FastMlp.forward
+
+    def faulty(self, x):
+        y = forward(self, x)
+        return y * 1.001 if side == "forward" else Slip.apply(y)
+
+    monkeypatch.setattr(FastMlp, "forward", faulty)
+    table = parity([VIT])
+    assert not table.ok
+    entry = table.entries[MLP]
+    assert entry.status == "FAILED"
+    assert getattr(entry, side).share > 1
+    assert (entry.forward.share > 1) == (side == "forward")
+    page = markdown(table)
+    assert "1 failed" in page
+    assert f"`{MLP}` {side}: " in page
+
+
+def test_a_model_that_cannot_be_built_is_named(timm):
+    table = parity([Small("timm:no_such_model", 32)])
+    assert not table.ok
+    assert "no model 'no_such_model'" in table.unbuilt["timm:no_such_model"]
+    assert "- timm:no_such_model: ValueError" in markdown(table)
+
+
+def test_command(timm, tmp_path, capsys, monkeypatch):
+    page, data = tmp_path / "parity.md", tmp_path / "parity.json"
+    assert main(["parity", VIT.name, "--out", str(page), "--json", str(data)]) == 0
+    printed = capsys.readouterr()
+    assert printed.out == page.read_text()
+    assert f"[1/1] {VIT.name}" in printed.err
+    found = {row["path"]: row for row in json.loads(data.read_text())["classes"]}
+    assert found[MLP]["status"] == "ok"
+    assert main(["parity", "nothing*"]) == 2
+    assert "no model of the list matches nothing*" in capsys.readouterr().err
+    monkeypatch.setattr(measured, "create", lambda *_, **__: 1 / 0)
+    assert main(["parity", VIT.name, "--quiet"]) == 1
