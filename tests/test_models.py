@@ -433,3 +433,21 @@ def test_names():
 def test_wrong_arguments(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_optimized_levit_runs_its_stages_at_once(cpu_library):
+    torch.manual_seed(3)
+    model, x = randomize(small_levit()).eval(), torch.randn(2, 3, 64, 96)
+    with torch.inference_mode():
+        before, exact = model(x), copy.deepcopy(model).double()(x.double())
+        hybridops.optimize(model)
+        with torch.profiler.profile() as seen:
+            ours = model(x)
+    accurate(ours, before, exact, "levit")
+    counts = {event.key: event.count for event in seen.key_averages()}
+    assert counts["hybridops::chain"] == 1
+    assert "hybridops::attention_layer" not in counts
+    result = hybridops.verify(model, x)
+    assert result.ok, str(result)
+    with torch.inference_mode():
+        assert torch.equal(hybridops.restore(model)(x), before)

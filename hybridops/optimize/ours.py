@@ -7,12 +7,21 @@ from torch import nn
 from .. import backend
 from ..models.cpvt import Cpvt
 from ..models.hybrid_vit import HybridVit
-from ..models.levit import Levit
-from ..nn import Attention, Block, Mlp
+from ..models.levit import Levit, LevitBlock, LevitDownsample, LevitMlp, LevitStage
+from ..nn import (
+    Attention,
+    Block,
+    DropPath,
+    LinearNorm,
+    Mlp,
+    RelPosAttention,
+    RelPosAttentionDownsample,
+)
 from ..nn._derived import fold_in_front
+from ..nn.rel_pos_attention import Subsample
 from ..ops import linear
 from .block import block_layers
-from .chained import Chained, Runs, is_apart
+from .chained import Chained, Container, Runs, is_apart
 from .fast import (
     Fast,
     activation_name,
@@ -23,6 +32,7 @@ from .fast import (
     not_plain_linear,
     packed_linear,
 )
+from .levit_layers import attention_layers, mlp_layers, subsample_layers
 
 
 def averaged_heads(heads):
@@ -48,6 +58,36 @@ class FastLevit(Fast, Levit):
 
     def derive(self):
         return averaged_heads(self.bypassed(self))
+
+
+_LEVIT = {
+    *(LevitBlock, LevitDownsample, LevitMlp, RelPosAttention, RelPosAttentionDownsample, Subsample),
+    *(LinearNorm, DropPath, nn.Linear, nn.BatchNorm1d, nn.Hardswish, nn.Dropout),
+    *(nn.Sequential, nn.Identity),
+}
+
+
+class FastLevitStage(Container, LevitStage):
+    """A stage's layers run on our kernels one by one; here they are one dispatch."""
+
+    @classmethod
+    def unserved(cls, module, mode):
+        if mode == "train":
+            return "its parts are our kernels already"
+        parts = [(name, part) for name, part in module.named_modules() if name]
+        return first(not_one_of(name, part, *_LEVIT) for name, part in parts)
+
+    def layers(self):
+        layers, down = [], self.downsample
+        if isinstance(down, LevitDownsample):
+            attn = subsample_layers(down.attn_downsample, "hardswish")
+            if attn is None:
+                return None
+            layers += attn + mlp_layers(down.mlp, "hardswish", True)
+        for block in self.blocks:
+            layers += attention_layers(block.attn, "hardswish", True)
+            layers += mlp_layers(block.mlp, "hardswish", True)
+        return layers
 
 
 class FastBlock(Chained, Block):

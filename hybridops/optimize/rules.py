@@ -42,6 +42,7 @@ _VIT = {
 RULES: dict[str, str | type[Fast]] = {
     "torch.nn.modules.container:Sequential": f"{_HERE}.chained:FastSequential",
     "hybridops.models.levit:Levit": f"{_HERE}.ours:FastLevit",
+    "hybridops.models.levit:LevitStage": f"{_HERE}.ours:FastLevitStage",
     "hybridops.models.cpvt:Cpvt": f"{_HERE}.ours:FastCpvt",
     "hybridops.models.hybrid_vit.model:HybridVit": f"{_HERE}.ours:FastHybridVit",
     "hybridops.nn.block:Block": f"{_HERE}.ours:FastBlock",

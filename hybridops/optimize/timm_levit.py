@@ -35,7 +35,6 @@ from ..ops import (
     linear,
     pack_conv,
 )
-from ..ops.chain import attention_step, mlp_step, subsample_step
 from .chained import Chained, Container, layers_of, not_chained
 from .fast import (
     Fast,
@@ -52,6 +51,7 @@ from .fast import (
     packed_linear,
 )
 from .grid import image_of, tokens_of
+from .levit_layers import attention_layers, mlp_layers, subsample_layers
 from .ours import averaged_heads
 
 USE_CONV = "use_conv: training keeps its 1 x 1 convolutions as they are"
@@ -189,14 +189,6 @@ def _not_product(name, module, mode):
     return reason and f"{name}: {reason}"
 
 
-def _product(layer):
-    """A LinearNorm, or a ConvNorm of one pixel, as weights on tokens."""
-    if isinstance(layer, LinearNorm):
-        return batch_normed(layer.linear, layer.bn)
-    conv = layer.linear
-    return packed_linear(*fold_behind(conv.weight.flatten(1), conv.bias, layer.bn))
-
-
 def _tokens(x):
     """The conv variants' images as tokens; tokens as they are."""
     return tokens_of(x) if x.ndim == 4 else x
@@ -256,24 +248,7 @@ class FastAttention(_OnTokens, Attention):
         return self.proj.ln(_attend(self, q, k, v))
 
     def layers(self, residual=False):
-        return [
-            attention_step(
-                _product(self.qkv),
-                _product(self.proj.ln),
-                heads=self.num_heads,
-                key_dim=self.key_dim,
-                scale=self.scale,
-                interleaved=True,
-                bias=_spread_out(self),
-                activation=self._hybridops_plan.facts,
-                residual=residual,
-            )
-        ]
-
-
-def _spread_out(attn):
-    """The bias of every score, (1, H, Nq, Nk)."""
-    return attn.attention_biases[:, attn.attention_bias_idxs][None]
+        return attention_layers(self, self._hybridops_plan.facts, residual)
 
 
 def _attend(attn, q, k, v):
@@ -288,11 +263,6 @@ def _attend(attn, q, k, v):
         activation=attn._hybridops_plan.facts,
     )
     return out.view(*q.shape[:2], attn.val_attn_dim)
-
-
-def _averages(down):
-    """Whether the queries' tokens are averages, not every stride-th token."""
-    return down.kernel_size != 1 if isinstance(down, nn.AvgPool2d) else down.pool is not None
 
 
 class FastAttentionDownsample(_OnTokens, AttentionDownsample):
@@ -327,21 +297,7 @@ class FastAttentionDownsample(_OnTokens, AttentionDownsample):
         return _halved(x, self.stride)
 
     def layers(self):
-        if _averages(self.q.down):
-            return None
-        parts = (self.kv, self.q.ln, self.proj.ln)
-        return [
-            subsample_step(
-                *map(_product, parts),
-                heads=self.num_heads,
-                key_dim=self.key_dim,
-                scale=self.scale,
-                grid=tuple(self.resolution),
-                stride=self.stride,
-                bias=_spread_out(self),
-                activation=self._hybridops_plan.facts,
-            )
-        ]
+        return subsample_layers(self, self._hybridops_plan.facts)
 
 
 class FastLevitMlp(_OnTokens, LevitMlp):
@@ -364,8 +320,7 @@ class FastLevitMlp(_OnTokens, LevitMlp):
         return activation_name(module.act)
 
     def layers(self, residual=False):
-        up, down = _product(self.ln1), _product(self.ln2)
-        return [mlp_step(up, down, activation=self._hybridops_plan.facts, residual=residual)]
+        return mlp_layers(self, self._hybridops_plan.facts, residual)
 
 
 def _not_drop_path(name, module):
