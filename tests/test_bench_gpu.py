@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -114,6 +115,7 @@ def start(tmp_path, *more):
     return subprocess.Popen(
         [sys.executable, "-m", "hybridops", *arguments],
         cwd=tmp_path,
+        env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())},  # they are in the keys
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -137,10 +137,15 @@ def test_activation_checkpointing_gives_the_same_gradients(name, reentrant):
     dx = images.grad.clone()
     images.grad = None
     saved = gradients(model, lambda: checkpoint(model, images, use_reentrant=reentrant))
-    assert same_bits(images.grad, dx)
     assert set(saved) == set(plain)
-    for key, grad in saved.items():
-        assert same_bits(grad, plain[key]), key
+    for key, grad in (saved | {"images": images.grad}).items():
+        expected = plain[key] if key in plain else dx
+        if reentrant and name == "detr":
+            # torch runs this backward in a thread of its own, whose convolutions are cut for another
+            # number of threads
+            assert (grad - expected).abs().max() <= 1e-5 * expected.abs().max(), key
+        else:
+            assert same_bits(grad, expected), key
 
 
 @pytest.mark.parametrize("name", ALL)
