@@ -139,10 +139,10 @@ def test_activation_checkpointing_gives_the_same_gradients(name, reentrant):
     saved = gradients(model, lambda: checkpoint(model, images, use_reentrant=reentrant))
     assert set(saved) == set(plain)
     for key, grad in (saved | {"images": images.grad}).items():
-        expected = plain[key] if key in plain else dx
+        expected = plain.get(key, dx)
         if reentrant and name == "detr":
-            # torch runs this backward in a thread of its own, whose convolutions are cut for another
-            # number of threads
+            # torch runs this backward in a thread of its own, and cuts its convolutions for another
+            # number of threads there
             assert (grad - expected).abs().max() <= 1e-5 * expected.abs().max(), key
         else:
             assert same_bits(grad, expected), key

@@ -245,3 +245,23 @@ def test_conv_stem_same_padding_is_tensorflows():
     ours = ops.conv_stem(image, [ops.ConvLayer(weight, stride=2, padding="same")], layout="image")
     padded = F.pad(image, (1, 1, 0, 1))  # 11 columns need 2 more, 10 rows only 1, at the end
     close(ours, F.conv2d(padded, weight, stride=2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_what_all_keys_share_cancels_in_the_queries_gradient(dtype, cpu_library):
+    """A row of score gradients sums to zero; from a rounded output it would not."""
+    q, k, v, dy = (torch.randn(2, 70, 3, 32, dtype=torch.float64) for _ in range(4))
+    k, v = (0.1 * x + 8 * torch.randn(1, 1, 3, 32, dtype=torch.float64) for x in (k, v))
+    inputs = [x.to(dtype) for x in (0.01 * q, k, v)]
+
+    def gradients(convert, backend):
+        leaves = [convert(x).requires_grad_() for x in inputs]
+        with hybridops.use(backend):
+            y = hybridops.ops.attention(*leaves, scale=0.05)
+            return torch.autograd.grad(y, leaves, convert(dy.to(dtype)))
+
+    ours = gradients(torch.clone, "cpu")
+    torchs = gradients(torch.clone, "reference")
+    exact = gradients(torch.Tensor.double, "reference")
+    for name, *three in zip(("dq", "dk", "dv"), ours, torchs, exact, strict=True):
+        check.accurate(*three, name, factor=3)

@@ -215,17 +215,16 @@ Tensor reduce_bias(const Tensor& full, const Tensor& bias, const Bias& form, int
 std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
     Tensor dy, Tensor q, Tensor k, Tensor v, std::optional<Tensor> bias,
     std::optional<Tensor> bias_index, std::optional<Tensor> key_padding_mask, Tensor out,
-    Tensor lse, double scale, bool needs_dbias) {
+    Tensor lse, double scale, bool needs_dbias) {  // `out` is what kernels for GPUs read
   check(q, k, v, bias, bias_index, key_padding_mask);
   const int64_t B = q.size(0), Nq = q.size(1), H = q.size(2), Nk = k.size(1), D = q.size(3),
                 Dv = v.size(3);
   const ScalarType dtype = q.scalar_type();
   Tensor dq = empty({B, Nq, H, D}, dtype), dk = empty({B, Nk, H, D}, dtype),
          dv = empty({B, Nk, H, Dv}, dtype);
-  const TensorHeads queries(q), keys(k), values(v), gradients(dy), outputs(out);
-  STD_TORCH_CHECK(gradients.type == queries.type && outputs.type == queries.type &&
-                      dy.numel() == B * Nq * H * Dv && out.numel() == dy.numel() &&
-                      lse.numel() == B * H * Nq,
+  const TensorHeads queries(q), keys(k), values(v), gradients(dy);
+  STD_TORCH_CHECK(gradients.type == queries.type && dy.numel() == B * Nq * H * Dv &&
+                      out.numel() == dy.numel() && lse.numel() == B * H * Nq,
                   "attention_backward: dy, out and lse do not fit q, k and v");
   const std::optional<Tensor> mask = contiguous(key_padding_mask);
   const Tensor sums = torch::stable::contiguous(lse);
@@ -255,11 +254,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
                           },
                           &context};
     float* bias_sum = needs_dbias ? dbias + ((per_image ? b : 0) * H + h) * Nq * Nk : nullptr;
-    simd::attention_backward(
-        head, queries.head(b, h), taking.gather(scratch, keys.head(b, h), D),
-        taking.gather(scratch, values.head(b, h), Dv), gradients.head(b, h), outputs.head(b, h),
-        (const float*)sums.const_data_ptr() + (b * H + h) * Nq, source, dq_rows, dk_rows, dv_rows,
-        bias_sum, scratch.take(simd::backward_scratch_floats(head)));
+    simd::attention_backward(head, queries.head(b, h), taking.gather(scratch, keys.head(b, h), D),
+                             taking.gather(scratch, values.head(b, h), Dv), gradients.head(b, h),
+                             (const float*)sums.const_data_ptr() + (b * H + h) * Nq, source,
+                             dq_rows, dk_rows, dv_rows, bias_sum,
+                             scratch.take(simd::backward_scratch_floats(head)));
     const Type type = queries.type;
     simd::from_float(dq_rows, D, Nq, D, offset(dq.mutable_data_ptr(), type, (b * Nq * H + h) * D),
                      type, H * D);

@@ -81,16 +81,19 @@ void softmax_rows(float* scores, int64_t stride, int64_t rows, int64_t n, float 
   }
 }
 
-// p: scores -> 2^(t - lse), dp -> scale * p * (dp - delta); dbias += p * (dp - delta)
+// p: scores -> 2^(t - lse), dp -> scale * p * (dp - delta); dbias += p * (dp - delta). delta, the
+// mean of dp weighted by p, is summed up here and not taken from the rounded output: what dp has in
+// common over all keys cancels only against its own sum.
 template <class Bias>
 void softmax_backward_rows(float* p, float* dp, int64_t stride, int64_t rows, int64_t n,
                            float scale, const Bias* bias, int64_t bias_stride, const float* lse,
-                           const float* delta, float* dbias) {
+                           float* dbias) {
   constexpr bool has_bias = !std::is_same_v<Bias, None>;
   const Vec factor = splat(scale * kLog2E);
   for (int64_t r = 0; r < rows; ++r, p += stride, dp += stride, bias += bias_stride) {
     const bool dead = lse[r] == -__builtin_inff();
     const Vec shift = splat(-lse[r]);
+    Vec all{}, weighted{};
     for (int64_t i = 0; i < n; i += kLanes) {
       // as in the forward pass, to the last bit: large scores would not forgive another rounding
       Vec t = load(p + i);
@@ -98,23 +101,22 @@ void softmax_backward_rows(float* p, float* dp, int64_t stride, int64_t rows, in
         t = fma(load_some(bias + i, n - i), splat(kLog2E), t * factor) + shift;
       else
         t = fma(t, factor, shift);
-      const Vec prob = dead ? Vec{} : exp2<float>(t);
-      const Vec ds = prob * (load(dp + i) - delta[r]);
+      Vec prob = dead ? Vec{} : exp2<float>(t);
+      if (n - i < kLanes) prob = keep(prob, n - i, 0.0f);
+      all += prob;
+      weighted = fma(prob, load(dp + i), weighted);
+      store(p + i, prob);
+    }
+    const float delta = dead ? 0.0f : sum(weighted) / sum(all);
+    for (int64_t i = 0; i < n; i += kLanes) {
+      const Vec ds = load(p + i) * (load(dp + i) - delta);
       if (dbias) {
         float* d = dbias + r * n + i;
         store_some(d, load_some(d, n - i) + ds, n - i);
       }
-      store(p + i, prob);
       store(dp + i, ds * scale);
     }
   }
-}
-
-float dot(const float* a, const float* b, int64_t n) {
-  Vec total{};
-  for (int64_t i = 0; i < n; i += kLanes)
-    total = fma(load_some(a + i, n - i), load_some(b + i, n - i), total);
-  return sum(total);
 }
 
 HeadRows from(HeadRows rows, int64_t begin) {
@@ -151,7 +153,7 @@ int64_t forward_scratch_floats(const Head& h) {
 int64_t backward_scratch_floats(const Head& h) {
   const auto packed = [](int64_t N, int64_t K) { return packed_floats(N, {Type::kFloat, K}); };
   return packed(h.Nk, h.D) + packed(h.Nk, h.Dv) + packed(h.D, h.Nk) + packed(h.D, kQueryBlock) +
-         packed(h.Dv, kQueryBlock) + kQueryBlock * (2 * score_stride(h.Nk) + h.D + 2 * h.Dv + 1);
+         packed(h.Dv, kQueryBlock) + kQueryBlock * (2 * score_stride(h.Nk) + h.D + h.Dv);
 }
 
 void pack_head(const Head& h, HeadRows k, HeadRows v, float* packed) {
@@ -188,8 +190,8 @@ void attention_forward(const Head& h, HeadRows q, int64_t begin, int64_t rows, c
 }
 
 void attention_backward(const Head& h, HeadRows q, HeadRows k, HeadRows v, HeadRows dy,
-                        HeadRows out, const float* lse, BiasRows bias, float* dq, float* dk,
-                        float* dv, float* dbias, float* scratch) {
+                        const float* lse, BiasRows bias, float* dq, float* dk, float* dv,
+                        float* dbias, float* scratch) {
   float* next = scratch;
   const auto take = [&next](int64_t n) {
     float* p = next;
@@ -208,8 +210,6 @@ void attention_backward(const Head& h, HeadRows q, HeadRows k, HeadRows v, HeadR
   float* dp = take(kQueryBlock * stride);
   float* queries = take(kQueryBlock * h.D);
   float* gradients = take(kQueryBlock * h.Dv);
-  float* outputs = take(kQueryBlock * h.Dv);
-  float* delta = take(kQueryBlock);
 
   pack(k.data, k.type, 1, k.stride, D, h.Nk, 0, panel_count(h.Nk), k_columns);
   pack(v.data, v.type, 1, v.stride, Dv, h.Nk, 0, panel_count(h.Nk), v_columns);
@@ -222,16 +222,13 @@ void attention_backward(const Head& h, HeadRows q, HeadRows k, HeadRows v, HeadR
     const int64_t rows = std::min(block, h.Nq - begin);
     to_float(from(q, begin).data, q.type, q.stride, rows, h.D, queries, h.D);
     to_float(from(dy, begin).data, dy.type, dy.stride, rows, h.Dv, gradients, h.Dv);
-    to_float(from(out, begin).data, out.type, out.stride, rows, h.Dv, outputs, h.Dv);
-    for (int64_t r = 0; r < rows; ++r)
-      delta[r] = dot(gradients + r * h.Dv, outputs + r * h.Dv, h.Dv);
 
     plain_product(queries, h.D, rows, D, k_columns, h.Nk, p, stride);
     plain_product(gradients, h.Dv, rows, Dv, v_columns, h.Nk, dp, stride);
     const HeadRows bias_rows = bias.rows(bias.context, begin, rows);
     with_bias(bias_rows, [&](const auto* b) {
       softmax_backward_rows(p, dp, stride, rows, h.Nk, h.scale, b, bias_rows.stride, lse + begin,
-                            delta, dbias ? dbias + begin * h.Nk : nullptr);
+                            dbias ? dbias + begin * h.Nk : nullptr);
     });
 
     const Depth block_depth{Type::kFloat, rows};

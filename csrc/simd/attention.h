@@ -48,8 +48,8 @@ struct BiasRows {
 
 // dq, dk, dv of a whole head into fp32 rows; dbias (Nq x Nk, or null) is added to.
 void attention_backward(const Head& head, HeadRows q, HeadRows k, HeadRows v, HeadRows dy,
-                        HeadRows out, const float* lse, BiasRows bias, float* dq, float* dk,
-                        float* dv, float* dbias, float* scratch);
+                        const float* lse, BiasRows bias, float* dq, float* dk, float* dv,
+                        float* dbias, float* scratch);
 
 // row[j] = table[index[j]], for a block of rows
 void gather_bias(const float* table, const int64_t* index, int64_t n, float* row);
