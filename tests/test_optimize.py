@@ -538,6 +538,21 @@ def test_parts_keep_their_own_journal(timm):
     assert torch.equal(run(model, x), before)
 
 
+def test_a_sequence_of_blocks_may_grow_shrink_and_be_sliced(timm):
+    model = build(timm, "vit")
+    x = torch.randn(2, 7, 48)
+    with torch.no_grad():
+        first, both = model.blocks[0](x), model.blocks(x)
+        thrice = model.blocks[1](both)
+        optimize(model)
+        torch.testing.assert_close(model.blocks(x), both, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(model.blocks[:1](x), first, rtol=1e-4, atol=1e-5)
+        model.blocks.append(model.blocks[1])
+        torch.testing.assert_close(model.blocks(x), thrice, rtol=1e-4, atol=1e-5)
+        del model.blocks[2], model.blocks[1]
+        torch.testing.assert_close(model.blocks(x), first, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_inference_mode_and_frozen_models(timm, name):
     model = build(timm, name).requires_grad_(False)

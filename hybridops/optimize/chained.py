@@ -6,6 +6,7 @@ the outermost one runs, and settles for all below it, once per call, whether any
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import chain as joined
@@ -141,3 +142,8 @@ class FastSequential(Container, nn.Sequential):
 
     def layers(self) -> list[Layer] | None:
         return layers_of(*self)
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):  # torch would make another FastSequential, without a plan
+            return nn.Sequential(OrderedDict(list(self._modules.items())[index]))
+        return nn.Sequential.__getitem__(self, index)

@@ -24,7 +24,7 @@ from ..ops._contract import is_autocast_on
 PLAN = "_hybridops_plan"
 _GLOBAL_HOOKS = (_module._global_forward_hooks, _module._global_forward_pre_hooks)
 _GLOBAL_BACKWARD_HOOKS = (_module._global_backward_hooks, _module._global_backward_pre_hooks)
-_training = attrgetter("training")
+_training, _held = attrgetter("training"), attrgetter("_modules")
 
 _ACTIVATIONS = {
     "torch.nn.modules.activation:Hardswish": "hardswish",
@@ -58,6 +58,9 @@ class Plan:
         self._watch([*parents, *((m, list(m._modules)) for m in below)])
 
     def _watch(self, parents: list[tuple[nn.Module, list[str]]]) -> None:
+        self._parents = tuple(p for p, keys in parents if keys)
+        self._holders = tuple(map(_held, self._parents))  # del sequential[i] makes a new one
+        self._sizes = tuple(map(len, self._holders))
         held = [(p._modules, k, p._modules[k]) for p, keys in parents for k in keys]
         held = [(modules, name, child) for modules, name, child in held if child is not None]
         self._modules = tuple(modules for modules, _, _ in held)
@@ -80,7 +83,7 @@ class Plan:
         self._tensor_names = tuple(name for _, name in tensors)
 
     def intact(self) -> bool:
-        """Whether the children may be bypassed: none hooked, replaced, or overridden since."""
+        """Whether the children may be bypassed: none hooked, added, replaced, overridden since."""
         if torch.compiler.is_compiling():
             return self._intact_in_graph()
         if any(self._hooks) or any(_GLOBAL_HOOKS):
@@ -89,7 +92,9 @@ class Plan:
             return False
         children = self._children
         return (
-            all(map(is_, map(dict.get, self._modules, self._names), children))
+            all(map(is_, map(_held, self._parents), self._holders))
+            and tuple(map(len, self._holders)) == self._sizes
+            and all(map(is_, map(dict.get, self._modules, self._names), children))
             and tuple(map(type, children)) == self._classes
             and not any(map(contains, map(vars, children), repeat("forward")))
         )
