@@ -43,19 +43,19 @@ def test_real_levit(timm):
 
 
 def wrong_scale(monkeypatch):
-    from hybridops.optimize import timm_levit
+    from hybridops.optimize import levit_layers
 
-    step = timm_levit.attention_step
+    step = levit_layers.attention_step
     monkeypatch.setattr(
-        timm_levit, "attention_step", lambda *a, scale, **kw: step(*a, scale=scale * 1.001, **kw)
+        levit_layers, "attention_step", lambda *a, scale, **kw: step(*a, scale=scale * 1.001, **kw)
     )
 
 
 def dropped_bias(monkeypatch):
-    from hybridops.optimize import timm_levit
+    from hybridops.optimize import levit_layers
 
-    step = timm_levit.attention_step
-    monkeypatch.setattr(timm_levit, "attention_step", lambda *a, bias, **kw: step(*a, **kw))
+    step = levit_layers.attention_step
+    monkeypatch.setattr(levit_layers, "attention_step", lambda *a, bias, **kw: step(*a, **kw))
 
 
 def shifted_norm(monkeypatch):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from .. import backend, ops
-from ._fusion import CONVS, is_plain
+from ._fusion import CONVS, is_plain, keeps_fp32
 
 
 class PEG(nn.Module):
@@ -51,14 +53,14 @@ class PEG(nn.Module):
         """
         conv = self.pos
         if not backend.reference_forced() and is_plain(conv, CONVS):
-            return ops.peg(
+            return position_encoding(
                 x,
                 conv.weight,
                 conv.bias,
                 grid=grid,
                 prefix=prefix,
                 stride=conv.stride[0],
-                padding=conv.padding[0],  # type: ignore[arg-type]
+                padding=conv.padding[0],
                 residual=self.residual,
             )
         head, tokens = x[:, :prefix], x[:, prefix:]
@@ -66,3 +68,25 @@ class PEG(nn.Module):
         y = conv(image) + image if self.residual else conv(image)
         y = y.flatten(2).transpose(1, 2)
         return torch.cat([head, y], dim=1) if prefix else y
+
+
+def position_encoding(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    prefix: int = 0,
+    residual: bool,
+    **options: Any,
+) -> Tensor:
+    """ops.peg, but under autocast the residual stays in x's dtype, as plain torch has it.
+
+    A residual stream that is rounded to bf16 here makes LayerNorm behind it train in bf16: its
+    bias's gradient was 40 times worse.
+    """
+    if not residual or not keeps_fp32(x):
+        return ops.peg(x, weight, bias, prefix=prefix, residual=residual, **options)
+    y = ops.peg(x, weight, bias, prefix=prefix, residual=False, **options)
+    if prefix == 0:
+        return x + y
+    return torch.cat([x[:, :prefix], x[:, prefix:] + y[:, prefix:]], dim=1)

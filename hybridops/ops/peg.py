@@ -152,8 +152,7 @@ def peg(
 
     padding: default K // 2. residual needs an output grid like the input's (stride 1 and padding K
     // 2), and so does gate, which gives x * sigmoid(z) in place of the residual. activation applies
-    to the convolution's output z. Under autocast the convolution is in autocast's dtype and the
-    residual in x's, as torch has it: a residual stream in fp32 stays in fp32.
+    to the convolution's output z.
 
     fp32 and bf16 (fp32 accumulation) have a CPU kernel, and with fp16 a GPU one; other dtypes go to
     the reference.
@@ -161,11 +160,8 @@ def peg(
     where ints belong.
     """
     code = activation_code("peg", activation)
-    stream = None
     if is_autocast_on(x):
-        before, (x, weight, bias) = x, autocast(x, weight, bias)
-        if residual is True and gate is False and before.dtype != x.dtype:
-            stream = before
+        x, weight, bias = autocast(x, weight, bias)
     check_tensor("peg", "x", x, 3)
     check_tensor("peg", "weight", weight, 4, like=x)
     if not isinstance(grid, (tuple, list)) or len(grid) != 2:
@@ -199,13 +195,9 @@ def peg(
             f"peg: residual and gate need an output grid like the input's {H}x{W}, "
             f"but stride {stride} and padding {padding} give {Ho}x{Wo}"
         )
-    reference = backend.which("peg", x, _unserved(x, H, W), size=K) == "reference"
-    run = peg_reference if reference else _forward
-    added = residual and stream is None
-    y = run(x, weight, bias, H, W, prefix, stride, padding, added, code, gate)
-    if stream is None:
-        return y
-    return torch.cat([stream[:, :prefix], stream[:, prefix:] + y[:, prefix:]], dim=1)
+    if backend.which("peg", x, _unserved(x, H, W), size=K) == "reference":
+        return peg_reference(x, weight, bias, H, W, prefix, stride, padding, residual, code, gate)
+    return _forward(x, weight, bias, H, W, prefix, stride, padding, residual, code, gate)
 
 
 def _unserved(x, H, W):

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from ..nn._derived import Weights
-from ..ops import attention, patch_embed, peg
+from ..nn.peg import position_encoding
+from ..ops import attention, patch_embed
 from .fast import (
     first,
     norm_of,
@@ -126,7 +127,7 @@ class PosCNN(Shaped):
         if not self._hybridops_plan.intact():
             return self.replaces.forward(self, x, H, W)
         conv = self.proj[0]
-        return peg(
+        return position_encoding(
             x,
             conv.weight,
             conv.bias,

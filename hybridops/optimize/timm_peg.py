@@ -9,7 +9,7 @@ from timm.models.davit import ConvPosEnc as DavitConvPosEnc
 from timm.models.xcit import LPI
 from torch import nn
 
-from ..ops import peg
+from ..nn.peg import position_encoding
 from .fast import (
     Fast,
     activation_name,
@@ -38,7 +38,7 @@ def not_depthwise(name: str, conv: Any) -> str | None:
 
 def depthwise(conv, x, size, *, prefix=0, residual=False, activation="none"):
     """activation(conv(x)) + x for tokens x (B, prefix + H*W, C)"""
-    return peg(
+    return position_encoding(
         x,
         conv.weight,
         conv.bias,

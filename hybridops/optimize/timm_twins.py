@@ -13,7 +13,8 @@ from timm.models.twins import (
 )
 from torch import nn
 
-from ..ops import mlp_layer, patch_embed, peg
+from ..nn.peg import position_encoding
+from ..ops import mlp_layer, patch_embed
 from .fast import (
     Fast,
     activation_name,
@@ -100,7 +101,7 @@ class FastPosConv(Fast, PosConv):
             return PosConv.forward(self, x, size)
         conv = self.proj[0]
         stride = self.stride
-        return peg(
+        return position_encoding(
             x,
             conv.weight,
             conv.bias,
