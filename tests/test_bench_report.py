@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import html.parser
+import json
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -258,3 +260,13 @@ def test_axes_have_few_ticks(low, high):
 def test_an_axis_around_nothing():
     assert Log.around([]).high > Log.around([]).low > 0
     assert Log.around([0.0, float("inf"), 2.0]).low < 2 < Log.around([2.0]).high
+
+
+def test_files_from_before_device_and_job_are_read(tmp_path):
+    kept = Path(__file__).parents[1] / "benchmarks/results/cpu/models.json"
+    doc = json.loads(kept.read_text())
+    for row in doc["rows"]:
+        del row["device"], row["job"]
+    old = tmp_path / "old.json"
+    old.write_text(json.dumps(doc))
+    assert {row["device"] for row in result.load(old)["rows"]} == {"cpu"}

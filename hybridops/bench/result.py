@@ -18,6 +18,7 @@ from typing import Any
 from .stats import Summary
 
 SCHEMA = 1
+_ADDED = {"device": "cpu", "job": ""}  # keys that files of this schema may not have yet
 WRONG = ("FAILED", "MISTRUSTED", "INVALID")
 VERDICTS = ("OK", "FAST", "SAME", "SLOW", "AMBIGUOUS", *WRONG, "SKIPPED")
 
@@ -146,6 +147,8 @@ def load(path: Path) -> dict:
     if not isinstance(rows, list) or not isinstance(doc.get("env"), dict):
         raise BadResult(f"{path}: env must be an object and rows a list")
     for i, row in enumerate(rows):
+        if isinstance(row, dict):
+            row.update({key: value for key, value in _ADDED.items() if key not in row})
         _check_row(row, f"{path}: row {i}")
     return doc
 
