@@ -311,6 +311,32 @@ def test_cold_calls_are_flushed():
     assert len(flushed) >= 3
 
 
+class Counting:
+    """A clock that counts the calls it is given to time."""
+
+    def __init__(self, seconds):
+        self.seconds, self.timed = seconds, 0
+
+    def time(self, run, calls, before=None):
+        self.timed += calls
+        for _ in range(calls):
+            run()
+        return self.seconds
+
+
+@pytest.mark.parametrize(
+    ("flush", "seconds", "expected"), [(0, 1e-3, 3), (0, 0.1, 1), (1, 1e-3, 1)]
+)
+def test_a_turn_begins_with_calls_that_do_not_count(flush, seconds, expected):
+    task, ran = op_task.op_task(CASES["peg"][0]), []
+    task.set_inputs(0)
+    made = task.candidate("a", torch.nn.Identity())
+    made.run = lambda: ran.append(1)
+    timer = Counting(seconds)
+    timings = sample.interleaved([made], timer, QUICK, flush=(lambda: None) if flush else None)
+    assert len(ran) - timer.timed == expected * len(timings.seconds["a"])
+
+
 def test_error_of_non_finite_results():
     exact = torch.tensor([1.0, float("inf"), float("nan")], dtype=torch.float64)
     assert check.error(exact.float(), exact) == 0

@@ -145,3 +145,36 @@ def test_opcheck(dtype):
             arguments,
             test_utils=("test_schema", "test_faketensor"),
         )
+
+
+HUGE = [2**40, 2**61, 2**62, 2**63 - 1]
+BAD = [
+    *((heads, key_dim, 2) for heads in (1, 2, 3, 4, *HUGE) for key_dim in (-1, 0, *HUGE)),
+    *((heads, 8, 2) for heads in (-1, 0, 5, *HUGE)),
+    *((1, 8, stride) for stride in (-(2**63), -1, 0, 2**63 - 1)),
+]
+
+
+@needs_library
+@pytest.mark.parametrize(("heads", "key_dim", "stride"), BAD)
+def test_hostile_integers_are_refused_by_the_kernel(heads, key_dim, stride):
+    """Products of them overflow: 4 * 2**62 is 0, which a weight without rows would fit."""
+    x, kv, q, out = torch.randn(1, 35, 16), *(torch.randn(n, 16) for n in (48, 8, 16))
+    call, bias = torch.ops.hybridops.chain, torch.zeros(1, 1, 12, 35)
+    for queries, width in ((q, 40), (q[:0], 48)):  # values: 48 rows less heads * key_dim
+        mixed = torch.randn(16, width)
+        tensors = [kv, None, None, queries, None, None, bias, mixed, None, None]
+        with pytest.raises(RuntimeError, match="chain|layer"):
+            call(x, [2], tensors, [heads, key_dim, 5, 7, stride, 0], [1.0])
+    if stride == 2:
+        tensors = [None, None, kv, None, None, None, out, None, None]
+        with pytest.raises(RuntimeError, match="layer"):
+            call(x, [0], tensors, [heads, key_dim, 0, 0, 0], [0.0, 1.0])
+
+
+@pytest.mark.parametrize("wrong", [{"heads": 0}, {"key_dim": 2**62}, {"stride": -1}])
+def test_a_subsampling_that_cannot_be_is_refused_when_it_is_made(wrong):
+    linear = weights(8, 8, torch.float32)
+    options = {"heads": 1, "key_dim": 8, "grid": (5, 7), "stride": 2, **wrong}
+    with pytest.raises(ValueError, match="subsample_step: .* must be in"):
+        subsample_step(linear, linear, linear, scale=1, bias=None, activation="none", **options)

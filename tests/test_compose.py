@@ -138,14 +138,16 @@ def test_activation_checkpointing_gives_the_same_gradients(name, reentrant):
     images.grad = None
     saved = gradients(model, lambda: checkpoint(model, images, use_reentrant=reentrant))
     assert set(saved) == set(plain)
-    for key, grad in (saved | {"images": images.grad}).items():
-        expected = plain.get(key, dx)
-        if reentrant and name == "detr":
-            # torch runs this backward in a thread of its own, and cuts its convolutions for another
-            # number of threads there
-            assert (grad - expected).abs().max() <= 1e-5 * expected.abs().max(), key
-        else:
-            assert same_bits(grad, expected), key
+    plain["images"], saved["images"] = dx, images.grad
+    if not reentrant or name != "detr":
+        assert all(same_bits(grad, plain[key]) for key, grad in saved.items())
+        return
+    # The re-entrant kind's first forward records nothing, so DETR's body takes its convolutions for
+    # inference there, which round otherwise.
+    wide, x = copy.deepcopy(model).double(), images.detach().double().requires_grad_()
+    exact = gradients(wide, lambda: wide(x)) | {"images": x.grad}
+    for key, grad in saved.items():
+        accurate(grad, plain[key], exact[key], key, factor=3)
 
 
 @pytest.mark.parametrize("name", ALL)

@@ -70,7 +70,7 @@ Tensor attention_layer(Tensor x, std::optional<Tensor> norm_weight, std::optiona
   const int64_t B = x.size(0), N = x.size(1), H = heads, D = key_dim;
   LinearWeights qkv = weights_of(scratch, weight_qkv, bias_qkv, packed_qkv, rows.n, rows.type);
   set_norm(scratch, qkv, norm_weight, norm_bias, eps, rows.n, rows.type);
-  STD_TORCH_CHECK(H > 0 && D > 0 && qkv.N % H == 0 && qkv.N / H > 2 * D,
+  STD_TORCH_CHECK(H > 0 && D > 0 && D <= qkv.N && qkv.N % H == 0 && qkv.N / H > 2 * D,
                   "attention_layer: heads do not fit weight_qkv");
   const int64_t Dv = qkv.N / H - 2 * D;
   const LinearWeights out =
@@ -199,13 +199,15 @@ Tensor run_subsample(const Tensor& x, Operands& from) {
   const int64_t heads = from.number(), D = from.number(), H = from.number(), W = from.number();
   const int64_t stride = from.number(), activation = from.number();
   STD_TORCH_CHECK(x.dim() == 3 && H > 0 && W > 0 && H <= kLargestPadding && W <= kLargestPadding &&
-                      x.size(1) == H * W && stride > 0,
+                      x.size(1) == H * W && stride > 0 && stride <= kLargestPadding,
                   "chain: the tokens do not fit their grid");
   Scratch scratch;
-  const int64_t C = x.size(2), Hv = kv.weight.size(0) - heads * D;
+  const int64_t C = x.size(2), rows = kv.weight.size(0);
   const Type type = type_of(x);
-  STD_TORCH_CHECK(heads > 0 && D > 0 && Hv > 0 && Hv % heads == 0 && q.weight.size(0) == heads * D,
+  STD_TORCH_CHECK(heads > 0 && D > 0 && heads <= rows && D <= rows &&  // so no product overflows
+                      rows % heads == 0 && rows / heads > D && q.weight.size(0) == heads * D,
                   "chain: heads do not fit the weights");
+  const int64_t Hv = rows - heads * D;
   return subsample_layer(x, kv.of(scratch, C, type), q.of(scratch, C, type), bias,
                          out.of(scratch, Hv, type), scratch, heads, D, H, W, stride, activation,
                          from.real());

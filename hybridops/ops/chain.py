@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from .. import backend
-from ._contract import CODES, REFUSALS, check_one_device, library
+from ._contract import CODES, LARGEST_PADDING, REFUSALS, check_int, check_one_device, library
 from .attention import attention
-from .layer import _NO_NORM, REFUSED, Norm, Weights, attention_layer, mlp_layer
+from .layer import NO_NORM, REFUSED, Norm, Weights, attention_layer, mlp_layer
 from .linear import linear
 
 # What csrc/cpu/layer.cpp calls the layers, and how many operands each has there
@@ -67,7 +67,7 @@ def attention_step(
         activation=activation,
         residual=residual,
     )
-    gamma, beta, eps = norm or _NO_NORM
+    gamma, beta, eps = norm or NO_NORM
     ints = (heads, key_dim, int(interleaved), CODES[activation], int(residual))
     factor = key_dim**-0.5 if scale is None else scale
     return Layer(call, _ATTENTION, (gamma, beta, *qkv, bias, *out), ints, (eps, factor))
@@ -83,7 +83,7 @@ def mlp_step(
 ) -> Layer:
     """mlp_layer(x, ...) as a layer of a chain."""
     call = partial(mlp_layer, up=up, down=down, activation=activation, norm=norm, residual=residual)
-    gamma, beta, eps = norm or _NO_NORM
+    gamma, beta, eps = norm or NO_NORM
     ints = (CODES[activation], int(residual))
     return Layer(call, _MLP, (gamma, beta, *up, *down), ints, (eps,))
 
@@ -105,7 +105,11 @@ def subsample_step(
 
     Queries are those of every stride-th token down and across the grid (H, W); kv.weight's rows are
     k and v head by head; bias (1, heads, Nq, H*W); activation stands between attention and `out`.
+    Raises ValueError for numbers that are none of a grid or of heads.
     """
+    sizes = {"heads": heads, "key_dim": key_dim, "height": grid[0], "width": grid[1]}
+    for name, value in (sizes | {"stride": stride}).items():
+        check_int("subsample_step", name, value, 1, LARGEST_PADDING)
 
     def call(x):
         B, N, C = x.shape

@@ -72,7 +72,7 @@ def _(x, *args):
 
 _attention_layer = torch.ops.hybridops.attention_layer.default
 _mlp_layer = torch.ops.hybridops.mlp_layer.default
-_NO_NORM = (None, None, 0.0)
+NO_NORM = (None, None, 0.0)
 REFUSED = "refused as one dispatch, made of single ops"
 
 
@@ -102,7 +102,7 @@ def attention_layer(
             factor = key_dim**-0.5 if scale is None else scale
             return _attention_layer(
                 x,
-                *(norm or _NO_NORM),
+                *(norm or NO_NORM),
                 *qkv,
                 bias,
                 heads,
@@ -151,7 +151,7 @@ def mlp_layer(
     """
     if backend.runs_at_once(x):
         with suppress(*REFUSALS), backend.below_autograd():
-            return _mlp_layer(x, *(norm or _NO_NORM), *up, CODES[activation], *down, residual)
+            return _mlp_layer(x, *(norm or NO_NORM), *up, CODES[activation], *down, residual)
         backend.fallbacks["mlp_layer", REFUSED] += 1
     hidden = linear(x, up.weight, up.bias, norm=norm, activation=activation, packed=up.packed)
     return linear(
