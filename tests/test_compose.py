@@ -178,8 +178,12 @@ def test_copies_are_equal_and_apart(name, copied):
     with torch.no_grad():
         for parameter in twin.parameters():
             parameter.mul_(1.5)
-    assert not torch.equal(first(twin(built.images)), before)
+    scaled = first(twin(built.images))
+    assert not torch.equal(scaled, before)
     assert same_bits(built(), before)
+    anew = build(name).model
+    anew.load_state_dict(twin.state_dict())
+    assert same_bits(first(anew(built.images)), scaled)
 
 
 @pytest.mark.parametrize("name", ALL)
