@@ -280,3 +280,15 @@ class Detr(nn.Module):
         zeros = torch.zeros_like(queries)
         kwargs = {"memory_key_padding_mask": self.padding, "pos": pos, "query_pos": queries}
         return self.decoder(self.first(zeros, memory, **kwargs), memory, **kwargs)
+
+
+def _detr_inputs():
+    return torch.randn(7, 2, 24), torch.randn(7, 2, 24), torch.randn(5, 2, 24)
+
+
+MODELS = {  # name -> constructor, function giving the arguments of a call
+    "levit": (LeViT, lambda: (torch.randn(3, 3, 20, 20),)),
+    "twins": (Twins, lambda: (torch.randn(2, 54, 24),)),
+    "detr": (Detr, _detr_inputs),
+    "detr pre-norm": (lambda: Detr(True), _detr_inputs),
+}

@@ -176,6 +176,24 @@ def test_weights_come_from_the_cache_when_offline(tmp_path, monkeypatch):
     assert Hub(1).fetch("some/model") == (weights, "")
 
 
+def test_what_a_hub_gives_is_its_owners(tmp_path, monkeypatch):
+    from hybridops.cli.models import Hub
+
+    hub = """
+import pathlib
+def hf_hub_download(repository, name):
+    file = pathlib.Path(repository) / name
+    file.parent.mkdir()
+    file.touch()
+    return file
+"""
+    (tmp_path / "huggingface_hub.py").write_text(hub)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    path, why = Hub(60)._download(str(tmp_path / "cache"))
+    assert why == ""
+    assert [p.stat().st_mode & 0o777 for p in (path.parent, path)] == [0o700, 0o600]
+
+
 def test_a_hub_that_does_not_answer_costs_seconds(tmp_path, monkeypatch):
     import socket
     import time

@@ -9,6 +9,7 @@ import official
 import pytest
 import torch
 from check import same_bits
+from official import MODELS
 from parity import parity, reasons, run, wake
 from torch import nn
 
@@ -18,17 +19,6 @@ from hybridops.optimize import Fast
 
 def tokens(*shape):
     return torch.randn(shape)
-
-
-MODELS = {
-    "levit": (official.LeViT, lambda: (tokens(3, 3, 20, 20),)),
-    "twins": (official.Twins, lambda: (tokens(2, 54, 24),)),
-    "detr": (official.Detr, lambda: (tokens(7, 2, 24), tokens(7, 2, 24), tokens(5, 2, 24))),
-    "detr pre-norm": (
-        lambda: official.Detr(True),
-        lambda: (tokens(7, 2, 24), tokens(7, 2, 24), tokens(5, 2, 24)),
-    ),
-}
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
 from hybridops.bench import parity as measured
 from hybridops.bench.parity import parity
-from hybridops.bench.parity_models import MODELS, Small
+from hybridops.bench.parity_models import MODELS, Small, of_file
 from hybridops.cli import main
 from hybridops.cli.parity import markdown
 from hybridops.optimize.rules import RULES
 
 VIT = next(m for m in MODELS if m.name == "timm:vit_tiny_patch16_224")
 CPVT = Small("hybridops:cpvt_tiny", 16, {"depth": 1, "patch_size": 8})
+OFFICIAL = Path(__file__).with_name("official.py")
 MLP = "timm.layers.mlp:Mlp"
 
 
@@ -87,6 +89,44 @@ def test_a_model_that_cannot_be_built_is_named(timm):
     assert not table.ok
     assert "no model 'no_such_model'" in table.unbuilt["timm:no_such_model"]
     assert "- timm:no_such_model: ValueError" in markdown(table)
+
+
+def test_models_of_a_file(tmp_path, capsys):
+    file, data = OFFICIAL, tmp_path / "parity.json"
+    assert main(["parity", "official:twins", "--models", str(file), "--json", str(data)]) == 0
+    found = {row["path"]: row for row in json.loads(data.read_text())["classes"]}
+    entry = found["Twins' GroupAttention"]
+    assert entry["status"] == "ok"
+    assert entry["models"] == ["official:twins"]
+    assert 0 < entry["backward"]["error"] <= entry["backward"]["allowed"]
+    assert found["LeViT's Attention"]["status"].startswith("the authors' own code")
+    capsys.readouterr()
+    empty = tmp_path / "empty.py"
+    for content, said in (("", "holds no MODELS"), ("1 / 0", "division by zero")):
+        empty.write_text(content)
+        assert main(["parity", "--models", str(empty)]) == 2
+        assert said in capsys.readouterr().err
+
+
+def own_entries():
+    """Every class that has an entry, but for those of rules that other tests registered."""
+    rules = {path for path, rule in RULES.items() if not str(rule).startswith("hybridops.")}
+    return {path for path in parity([]).entries if path not in rules}
+
+
+def test_the_page_lists_every_class():
+    page = (Path(__file__).parents[1] / "docs" / "parity.md").read_text()
+    assert not [path for path in own_entries() if f"`{path}`" not in page]
+    assert ", 0 failed" in page
+
+
+@pytest.mark.models
+def test_every_class_has_its_figures():
+    table = parity([*MODELS, *of_file(OFFICIAL)])
+    assert not table.unbuilt
+    without = {path for path in own_entries() if table.entries[path].status != "ok"}
+    assert without == {"hybridops.nn.block:DropPath"}
+    assert table.ok
 
 
 def test_command(timm, tmp_path, capsys, monkeypatch):

@@ -196,7 +196,8 @@ def test_pretrained(monkeypatch):
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", load)
     model = create_model("levit_128s", pretrained=True)
     assert list(asked) == [models.levit.PRETRAINED["levit_128s"]]
-    assert asked.popitem()[1]["weights_only"] is True
+    options = asked.popitem()[1]
+    assert options["weights_only"] is options["check_hash"] is True
     for name, value in model.state_dict().items():
         assert same_bits(value, source.state_dict()[name])
 

@@ -30,12 +30,25 @@ from ..optimize.fast import Fast, dotted
 from ..optimize.gates import fit_statistics, randomise_gates
 from ..optimize.measure import Call, ChannelsLast, capture
 from ..optimize.rules import RULES
+from ..optimize.shapes import SHAPES, Shaped
 from ..optimize.swap import replaced, restore
 from .model_task import without_dropout
 from .parity_models import MODELS, Small
 
 SAMPLES = 8  # inputs on which a layer that fails is measured
+_SPACES = {"torch": nn, "nn": hybridops.nn}
+_WITHOUT = {
+    "hybridops.nn.block:DropPath": "random while training, the identity otherwise; plain torch both"
+}
 EACH = 2  # layers of one class that are measured, per model
+
+
+_SHAPED = {  # rule -> what stands in place of a path
+    f"hybridops.optimize.{shape.rule}": f"{shape.what} {name}"
+    for name, shapes in SHAPES.items()
+    for shape in shapes
+}
+_AUTHORS = "the authors' own code, which no package has: --models FILE measures a copy"
 
 
 @dataclass
@@ -71,6 +84,7 @@ class Entry:
     forward: Worst | None = None
     backward: Worst | None = None
     reasons: list[str] = field(default_factory=list)  # why layers of it were left alone
+    without: str = "not covered"  # why there is no number
 
     @property
     def status(self) -> str:
@@ -79,7 +93,7 @@ class Entry:
             return "FAILED"
         if found:
             return "ok"
-        return f"left alone: {self.reasons[0]}" if self.reasons else "not covered"
+        return f"left alone: {self.reasons[0]}" if self.reasons else self.without
 
 
 @dataclass
@@ -105,8 +119,12 @@ def parity(
 ) -> Table:
     """Measure every class that the models are made of; progress is told each model's name."""
     table = Table({path: Entry(path, _name(rule)) for path, rule in RULES.items()})
+    for rule, path in _SHAPED.items():
+        table.entries[path] = Entry(path, rule.rpartition(":")[2], without=_AUTHORS)
     for cls in _own_classes():
         table.entries.setdefault(dotted(cls), Entry(dotted(cls)))
+    for path, why in _WITHOUT.items():
+        table.entries[path].without = why
     for small in models:
         progress(small.name)
         try:
@@ -122,15 +140,29 @@ def parity(
 def build(small: Small) -> nn.Module:
     """The model in eval mode with random weights. Raises whatever its library does."""
     torch.manual_seed(0)
+    if small.make is not None:
+        return small.make().eval()
     source, _, name = small.name.partition(":")
     if source == "torchvision":
         torchvision = hybridops.compat.import_torchvision()
+        cls = getattr(torchvision.models, name, None)
+        if isinstance(cls, type):
+            return cls(**small.options).eval()
         return torchvision.models.get_model(name, weights=None, **small.options).eval()
+    if source in _SPACES:
+        return getattr(_SPACES[source], name)(**small.options).eval()
     return create(small.name, **small.options).eval()
 
 
 def _name(rule: str | type[Fast]) -> str:
     return rule.rpartition(":")[2] if isinstance(rule, str) else rule.__name__
+
+
+def _path(rule: Any) -> str:
+    """The entry of a replaced layer's class."""
+    if issubclass(rule, Shaped):
+        return _SHAPED[dotted(rule.base)]
+    return dotted(rule.replaces)
 
 
 def _own_classes() -> Iterator[type[nn.Module]]:
@@ -143,9 +175,9 @@ def _own_classes() -> Iterator[type[nn.Module]]:
 
 def _measure(table: Table, small: Small) -> None:
     model = without_dropout(build(small))
-    args = (torch.randn(2, 3, small.size, small.size),)
+    args = small.arguments()
     fast = optimize(copy.deepcopy(model), strict=False)
-    names = {fqn: dotted(m.replaces) for fqn, m in replaced(fast)}
+    names = {fqn: _path(type(m)) for fqn, m in replaced(fast)}
     if names:
         for check in verify(fast, args).checks:
             e = check.errors
@@ -201,7 +233,7 @@ def _training(table: Table, small: Small, model: nn.Module, args: tuple[Any, ...
         own = type(layers[fqn]).torchs_own(original.get_submodule(fqn))
         trio = (layers[fqn], own, exact.get_submodule(fqn))
         worst = _worst(call, trio, True, f"{small.name} {fqn}".rstrip())
-        _keep(table, dotted(layers[fqn].replaces), "backward", small, worst)
+        _keep(table, _path(type(layers[fqn])), "backward", small, worst)
 
 
 class _Forward:

@@ -178,7 +178,15 @@ def _add_parity(add) -> None:
         "--out docs/parity.md --json parity.json",
         "timm:levit* hf:* --json parity.json",
     )
-    parity.add_argument("models", nargs="*", metavar="PATTERN", help="of the list (default: all)")
+    parity.add_argument("patterns", nargs="*", metavar="PATTERN", help="of the list (default: all)")
+    parity.add_argument(
+        "--models",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE.py",
+        help="run this file, and add its MODELS: {name: (constructor, function giving arguments)}",
+    )
     parity.add_argument("--out", type=Path, metavar="FILE.md", help="write the table as Markdown")
     parity.add_argument("--json", type=Path, metavar="FILE", help="write the same as JSON")
     parity.add_argument("--quiet", action="store_true", help="no table, no progress")

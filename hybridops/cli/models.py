@@ -97,7 +97,10 @@ class Hub:
         return (None, self._silent) if self._silent else self._download(repo)
 
     def _download(self, repo: str) -> tuple[Path | None, str]:
-        code = "import sys, huggingface_hub as h; print(h.hf_hub_download(*sys.argv[1:]))"
+        code = (  # whoever can write into the cache chooses our weights
+            "import os, sys; os.umask(0o077); import huggingface_hub as h; "
+            "print(h.hf_hub_download(*sys.argv[1:]))"
+        )
         command = [sys.executable, "-c", code, repo, _WEIGHTS]
         environment = {**os.environ, "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
         start = time.monotonic()

@@ -21,8 +21,9 @@ def explain(name_or_model: str | nn.Module, mode: str = "inference", **kwargs: A
     """A Report of every hot layer: the rule that optimize() would apply, or its reason not to.
 
     name_or_model: a model, or "timm:levit_256", "hybridops:cpvt_tiny", "transformers:vit" (a model
-    type with its default configuration, or a name whose configuration is in the local cache). Named
-    models are built without weights; kwargs go to the model's constructor.
+    type or, as in "transformers:DetrForObjectDetection", a class, with its default configuration,
+    or a name whose configuration is in the local cache). Named models are built without weights;
+    kwargs go to the model's constructor.
     Raises ValueError for a name that nothing knows, ImportError for a library that is missing.
     """
     model = build(name_or_model, **kwargs) if isinstance(name_or_model, str) else name_or_model
@@ -70,9 +71,13 @@ def _transformers(name, kwargs):
     with suppress(ImportError):  # transformers imports it too, and a broken one breaks its models
         import_torchvision()
     try:
+        import transformers
         from transformers import CONFIG_MAPPING, AutoConfig, AutoModel
     except ImportError:
         raise ImportError("transformers is not installed: pip install transformers") from None
+    cls = getattr(transformers, name, None) if name.isidentifier() else None
+    if isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel):
+        return cls(cls.config_class(**kwargs))
     if name in CONFIG_MAPPING:
         config = AutoConfig.for_model(name, **kwargs)
     else:
