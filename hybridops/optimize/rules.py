@@ -106,6 +106,7 @@ RULES: dict[str, str | type[Fast]] = {
     f"{_RELPOS}:RelPosBlock": f"{_HERE}.timm_maxvit:FastRelPosBlock",
     "timm.models.coat:ConvPosEnc": f"{_HERE}.timm_peg:FastCoatConvPosEnc",
     "timm.models.davit:ConvPosEnc": f"{_HERE}.timm_peg:FastDavitConvPosEnc",
+    "timm.models.xcit:ConvPatchEmbed": f"{_HERE}.timm_xcit:FastConvPatchEmbed",
     "timm.models.xcit:LPI": f"{_HERE}.timm_peg:FastLPI",
     "timm.models.davit:WindowAttention": f"{_HERE}.timm_attention:FastWindowAttention",
     "timm.models.fastvit:Attention": f"{_HERE}.timm_attention:FastFastVitAttention",
