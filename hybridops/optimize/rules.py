@@ -217,6 +217,7 @@ RULES: dict[str, str | type[Fast]] = {
         FastAttention="LevitAttention",
         FastAttentionSubsample="LevitAttentionSubsample",
         FastResidual="LevitResidualLayer",
+        FastStage="LevitStage",
         FastPatchEmbeddings="LevitPatchEmbeddings",
     ),
     **_family(
