@@ -106,6 +106,8 @@ def test_real_model(timm, name, real):
     result = verify(model, x)
     assert result.ok, str(result)
     assert torch.isfinite(model(x)).all()
+    served = [m for m in model.modules() if isinstance(m, Fast)]
+    assert all(m._hybridops_plan.settled() for m in served)  # a call sets nothing
     assert not report(model).fallbacks
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
     restore(model)

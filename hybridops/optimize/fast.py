@@ -76,21 +76,19 @@ class Plan:
         # one by one, not as dicts: a copied module has another __dict__
         named = [(m, names) for m in (module, *below) if (names := _settings(m))]
         self._given = tuple((m, name, getattr(m, name)) for m, names in named for name in names)
-        self._set = tuple(m for m, _ in named)
-        self._readers = tuple(attrgetter(*names) for _, names in named)
+        self._readers = tuple((attrgetter(*names), m) for m, names in named)
         self._values = self._read()
 
     def _read(self) -> list[Any]:
-        return [read(module) for read, module in zip(self._readers, self._set, strict=True)]
+        return [read(module) for read, module in self._readers]
 
     def settled(self) -> bool:
-        """Whether every setting is the one that was read: 0.4 us for a transformer block."""
+        """Whether every setting is the one that was read: 0.7 us for a transformer block."""
         return self._read() == self._values
 
     def _watch(self, parents: list[tuple[nn.Module, list[str]]]) -> None:
-        self._set: tuple[nn.Module, ...] = ()
         self._given: tuple[tuple[nn.Module, str, Any], ...] = ()
-        self._readers: tuple[Any, ...] = ()
+        self._readers: tuple[tuple[Any, nn.Module], ...] = ()
         self._values: list[Any] = []
         self._parents = tuple(p for p, keys in parents if keys)
         self._holders = tuple(map(_held, self._parents))  # del sequential[i] makes a new one
