@@ -230,3 +230,24 @@ def test_what_no_kernel_serves_says_why():
     assert "deformable attention" in str(found["encoder.layers.0.self_attn"])
     layer = build("rt_detr", normalize_before=True).encoder.aifi[0].layers[0]
     assert "normalize_before" in str(reasons(optimize(layer))[""])
+
+
+@pytest.mark.parametrize(
+    "name", ["ConditionalDetr", "TableTransformer", "DeformableDetr", "DabDetr"]
+)
+def test_timms_resnet_as_backbone(name):
+    import importlib
+
+    model = {"DabDetr": "dab_detr", "TableTransformer": "table_transformer"}.get(
+        name, name.replace("Detr", "_detr").lower()
+    )
+    theirs = importlib.import_module(f"transformers.models.{model}.modeling_{model}")
+    config = getattr(transformers, f"{name}Config")(backbone="resnet26")
+    encoder = getattr(theirs, f"{name}ConvEncoder")(config).eval()
+    found = {layer.rule.partition(":Fast")[2] for layer in explain(encoder).layers if layer.rule}
+    assert found >= ({"Bottleneck"} if name == "DabDetr" else {"ConvEncoder", "Bottleneck"})
+    x, mask = torch.randn(1, 3, 64, 96), torch.ones(1, 64, 96)
+    before = run(encoder, (x, mask))
+    optimize(encoder)
+    for ours, torchs in zip(run(encoder, (x, mask)), before, strict=True):
+        torch.testing.assert_close(ours, torchs, rtol=1e-3, atol=1e-3 * float(torchs.abs().max()))
