@@ -222,7 +222,7 @@ class Layer(Fast):
         for make, (name, _, rule) in zip(_MAKERS, self.attentions, strict=False):
             yield make(getattr(self, name), rule.projections)
 
-    def _served(self, x: Tensor, asks: Any) -> Any:
+    def _served(self: Any, x: Tensor, asks: Any) -> Any:
         """What derive() gives; None where the original must be called."""
         return None if asks else self._hybridops_plan.derived(self, x)
 

@@ -47,7 +47,7 @@ _ACTIVATIONS = {
 _INERT = {"training", "in_features", "out_features", "in_channels", "out_channels", "num_features"}
 _INERT |= {"momentum", "affine", "track_running_stats", "elementwise_affine", "normalized_shape"}
 _INERT |= {"p", "inplace", "drop_prob", "scale_by_keep"}
-_PLAIN = (bool, int, float, str, tuple, type(None))
+_PLAIN = (bool, int, float, str, type(None))
 
 
 def _settings(module: nn.Module) -> list[str]:
@@ -55,8 +55,14 @@ def _settings(module: nn.Module) -> list[str]:
     return [
         name
         for name, value in vars(module).items()
-        if type(value) in _PLAIN and not name.startswith("_") and name not in _INERT
+        if _is_plain(value) and not name.startswith("_") and name not in _INERT
     ]
+
+
+def _is_plain(value: Any) -> bool:
+    if type(value) is tuple:
+        return all(map(_is_plain, value))
+    return type(value) in _PLAIN
 
 
 class Plan:
@@ -65,6 +71,9 @@ class Plan:
     def __init__(self, fold: bool) -> None:
         self.fold = fold
         self.facts: Any = None  # the rule's own
+        self._given: tuple[tuple[nn.Module, str, Any], ...] = ()
+        self._readers: tuple[tuple[Any, nn.Module], ...] = ()
+        self._values: list[Any] = []
         self._watch([])
 
     def watch(self, module: nn.Module, bypassed: Iterable[nn.Module]) -> None:
@@ -87,9 +96,6 @@ class Plan:
         return self._read() == self._values
 
     def _watch(self, parents: list[tuple[nn.Module, list[str]]]) -> None:
-        self._given: tuple[tuple[nn.Module, str, Any], ...] = ()
-        self._readers: tuple[tuple[Any, nn.Module], ...] = ()
-        self._values: list[Any] = []
         self._parents = tuple(p for p, keys in parents if keys)
         self._holders = tuple(map(_held, self._parents))  # del sequential[i] makes a new one
         self._sizes = tuple(map(len, self._holders))
