@@ -61,6 +61,8 @@ def parity(
         assert any(isinstance(m, Fast) for m in model.modules())
         for ours, torchs, y64 in zip(run(model, args), own, exact, strict=True):
             accurate(ours, torchs, y64, f"output, {options}")
+        served = [m for m in model.modules() if isinstance(m, Fast)]
+        assert all(m._hybridops_plan.settled() for m in served)  # a call sets nothing
         now = model.state_dict()
         assert list(now) == list(state)
         assert all(same_bits(v, state[k]) for k, v in now.items())

@@ -141,3 +141,5 @@ def test_the_report_names_the_rules():
     model = optimize(official.LeViT().eval())
     rules = {layer.rule for layer in report(model).layers if layer.rule}
     assert "hybridops.optimize.official_levit:Residual" in rules
+    assert "hybridops.optimize.chained:FastSequential" in rules  # its blocks are one chain
+    assert len(model.blocks.derive().layers) == len(model.blocks)

@@ -584,7 +584,7 @@ def test_report(timm):
     run(model, image(model))
     shown = report(model)
     assert "FastLocallyGroupedAttn" in str(shown)
-    assert "left alone: no rule" in str(shown)
+    assert "left alone: by itself" in str(shown)
     assert f"Twins: {shown.replaced} of {len(shown.layers)} hot layers" in str(shown)
     assert shown.markdown().startswith("| layer | was | now |\n| --- |")
     content = json.loads(shown.json())

@@ -239,6 +239,12 @@ def crossvit():
     return CrossAttention(24, 3), [torch.randn(2, 16, 24)]
 
 
+def vit_block(**options):
+    from timm.models.vision_transformer import Block
+
+    return Block(24, 3, qkv_bias=True, init_values=0.5, **options), [torch.randn(2, 15, 24)]
+
+
 def levit_conv(downsample=False):
     from timm.models.levit import Attention, AttentionDownsample
 
@@ -312,6 +318,8 @@ CASES = {
     "glu-first": lambda: glu(gate_last=False),
     "cait": cait,
     "crossvit": crossvit,
+    "vit-block-qk-norm": lambda: vit_block(qk_norm=True),
+    "vit-block-all-norms": lambda: vit_block(qk_norm=True, scale_attn_norm=True),
     "levit-conv": levit_conv,
     "levit-conv-downsample": lambda: levit_conv(downsample=True),
 }

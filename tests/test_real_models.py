@@ -50,8 +50,8 @@ SLOW = {
     "mobilevitv2_050": Real(64, False, "ConvNormAct", ("separable attention",)),
     "efficientformer_l1": Real(224, False, "MetaBlock1d EfficientFormerAttention Mlp"),
     "efficientformerv2_s0": Real(224, False, "ConvNormAct", (TALKING,)),
-    "xcit_nano_12_p16_224": Real(64, True, "LPI ClassAttn Mlp", (CHANNELS,)),
-    "xcit_nano_12_p8_224": Real(64, True, "LPI ClassAttn Mlp", (CHANNELS,)),
+    "xcit_nano_12_p16_224": Real(64, True, "ConvPatchEmbed LPI ClassAttn Mlp", (CHANNELS,)),
+    "xcit_nano_12_p8_224": Real(64, True, "ConvPatchEmbed LPI ClassAttn Mlp", (CHANNELS,)),
     "coat_tiny": Real(64, True, "CoatConvPosEnc PatchEmbed Mlp", ("factorised attention",)),
     "coat_lite_tiny": Real(64, True, "CoatConvPosEnc PatchEmbed Mlp", ("factorised attention",)),
     "fastvit_t8": Real(64, False, "ConvNormAct"),
@@ -106,6 +106,8 @@ def test_real_model(timm, name, real):
     result = verify(model, x)
     assert result.ok, str(result)
     assert torch.isfinite(model(x)).all()
+    served = [m for m in model.modules() if isinstance(m, Fast)]
+    assert all(m._hybridops_plan.settled() for m in served)  # a call sets nothing
     assert not report(model).fallbacks
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
     restore(model)

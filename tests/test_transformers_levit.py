@@ -38,7 +38,7 @@ def test_every_hot_layer_is_served():
     left = {layer.fqn: layer.reason for layer in explain(build()).layers if layer.reason}
     assert not left
     train = {layer.reason for layer in explain(build(), mode="train").layers if layer.reason}
-    assert all(reason == "no rule" or reason.startswith("training keeps") for reason in train)
+    assert all(reason.startswith(("by itself", "training keeps")) for reason in train)
 
 
 def test_bfloat16():
@@ -78,3 +78,11 @@ def test_reasons():
     assert "Tanh" in found["levit.encoder.stages.0.layers.1"]
     with pytest.raises(ValueError, match="channel dimension"):
         optimize(build().eval())(torch.randn(1, 4, 80, 80))
+
+
+def test_a_stage_is_one_chain():
+    model = build()
+    optimize(wake(model, (image(),)))
+    for stage in model.levit.encoder.stages:
+        assert type(stage).__name__ == "FastStage"
+        assert len(stage.derive().layers) == len(stage.layers)

@@ -28,6 +28,15 @@ def test_it_exists_and_has_no_rule_beside_its_reason(timm, path):
 
 def test_the_report_gives_the_reason(monkeypatch):
     monkeypatch.setitem(rules.UNSERVED, "torch.nn.modules.rnn:LSTM", "it is recurrent")
-    model = nn.Sequential(nn.LSTM(4, 4), nn.Linear(4, 4))
+    attention = nn.Module()
+    attention.qkv = nn.Linear(4, 4)
+    monkeypatch.setitem(rules.UNSERVED, "torch.nn.modules.module:Module", "it is empty")
+    model = nn.Sequential(nn.LSTM(4, 4), nn.Linear(4, 4), nn.Conv2d(4, 4, 1), attention)
     reasons = {layer.fqn: layer.reason for layer in explain(model).layers}
-    assert reasons == {"0": "it is recurrent", "1": "no rule"}
+    assert reasons == {
+        "0": "it is recurrent",
+        "1": "by itself: nothing to fuse, and torch's product is as fast",
+        "2": "by itself: the convolution is torch's",
+        "3": "it is empty",
+        "3.qkv": "part of 3, which is torch's",
+    }

@@ -46,15 +46,22 @@ def fused_layers(
     ]
 
 
-def block_layers(block: Any, activation: str, scale: float | None) -> list[Layer] | None:
-    """timm's Block or ours, LayerScale folded into the products; None where its dtypes differ."""
+def block_weights(block: Any) -> BlockWeights | None:
+    """Of timm's Block or ours, LayerScale folded into the products; None where dtypes differ."""
     attn, mlp = block.attn, block.mlp
     layers = (attn.qkv, attn.proj, mlp.fc1, mlp.fc2, block.norm1, block.norm2)
     if not one_dtype(layer.weight for layer in layers):
         return None
     gammas = [getattr(ls, "gamma", None) for ls in (block.ls1, block.ls2)]
-    weights = BlockWeights(
+    return BlockWeights(
         scaled(attn.qkv), scaled(attn.proj, gammas[0]), scaled(mlp.fc1), scaled(mlp.fc2, gammas[1])
     )
+
+
+def block_layers(block: Any, activation: str, scale: float | None) -> list[Layer] | None:
+    """timm's Block or ours as layers of a chain."""
+    weights, attn = block_weights(block), block.attn
+    if weights is None:
+        return None
     norms = norm_of(block.norm1), norm_of(block.norm2)
     return fused_layers(weights, norms, attn.num_heads, attn.head_dim, activation, scale)

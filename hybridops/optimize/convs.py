@@ -20,10 +20,26 @@ from .fast import Fast, activation_name, dotted, original_class
 
 STANDARDISED = {"timm.layers.std_conv:StdConv2d", "timm.layers.std_conv:StdConv2dSame"}
 _CONVS = {"torch.nn.modules.conv:Conv2d", *STANDARDISED}
+_FAMILIES = {  # transformers', each with copies of its own
+    "conditional_detr": "ConditionalDetr",
+    "d_fine": "DFine",
+    "dab_detr": "DabDetr",
+    "deformable_detr": "DeformableDetr",
+    "detr": "Detr",
+    "omdet_turbo": "OmDetTurbo",
+    "rt_detr": "RTDetr",
+    "rt_detr_v2": "RTDetrV2",
+    "table_transformer": "TableTransformer",
+}
+FROZEN = {
+    f"transformers.models.{model}.modeling_{model}:{prefix}FrozenBatchNorm2d"
+    for model, prefix in _FAMILIES.items()
+}
 _BATCH_NORMS = {
     "torch.nn.modules.batchnorm:BatchNorm2d",
     "torchvision.ops.misc:FrozenBatchNorm2d",
     "timm.layers.norm_act:BatchNormAct2d",
+    *FROZEN,
 }
 _GROUP_NORMS = {"torch.nn.modules.normalization:GroupNorm", "timm.layers.norm_act:GroupNormAct"}
 _NESTED = {
@@ -32,6 +48,18 @@ _NESTED = {
     "timm.models.resnetv2:DownsampleConv",
     "timm.models.resnetv2:DownsampleAvg",
     "torchvision.ops.misc:Conv2dNormActivation",
+    *(
+        f"transformers.models.{path}{name}"
+        for path in (
+            "resnet.modeling_resnet:ResNet",
+            "rt_detr.modeling_rt_detr_resnet:RTDetrResNet",
+        )
+        for name in ("ConvLayer", "ShortCut")
+    ),
+    *(
+        f"transformers.models.{model}.modeling_{model}:{prefix}ConvNormLayer"
+        for model, prefix in _FAMILIES.items()
+    ),
 }
 _CALLED = {
     "torch.nn.modules.pooling:MaxPool2d",

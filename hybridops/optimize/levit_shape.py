@@ -13,7 +13,9 @@ import torch
 from torch import nn
 
 from ..nn._derived import fold_behind, fold_in_front, in_graph
-from ..ops import ConvLayer, attention, attention_layer, conv_stem, linear, mlp_layer, pack_conv
+from ..ops import ConvLayer, attention, conv_stem, linear, pack_conv
+from ..ops.chain import Layer, attention_step, mlp_step, subsample_step
+from .chained import Chained
 from .convs import TRAINING
 from .fast import (
     Fast,
@@ -26,6 +28,7 @@ from .fast import (
     not_plain_linear,
     packed_linear,
 )
+from .levit_layers import spread_out
 
 
 def pair(layer: Any) -> tuple[Any, Any]:
@@ -129,7 +132,7 @@ class Parts(NamedTuple):
     heads: int
 
 
-class Attention(Fast):
+class Attention(Chained):
     """Queries, keys and values head by head, a bias from a table, an activation behind."""
 
     @classmethod
@@ -150,38 +153,36 @@ class Attention(Fast):
 
     def forward(self, x):
         plan = self._hybridops_plan
-        weights = plan.derived(self, x)
-        if weights is not None:
-            return self._folded(x, weights, False)
-        if not plan.intact():
-            return self.replaces.forward(self, x)
+        chain = plan.derived(self, x)
+        if chain is not None:
+            return chain(x)
+        return self.unfolded(x) if plan.intact() else self.replaces.forward(self, x)
+
+    def unfolded(self: Any, x):
+        """The layer on the modules of its products, which train."""
         qkv, proj = self.parts(self).products
         q, k, v = (
             qkv(x)
-            .unflatten(2, (plan.facts[1], -1))
+            .unflatten(2, (self._hybridops_plan.facts[1], -1))
             .tensor_split([self.key_dim, 2 * self.key_dim], 3)
         )
-        return proj(attend(self, q, k, v, self.attention_biases, self.attention_bias_idxs))
+        return proj(attend(self, q, k, v))
 
-    def derive(self):
+    def layers(self: Any, residual: bool = False) -> list[Layer] | None:
         qkv, proj = map(folded, self.parts(self).products)
-        return qkv, self.attention_biases[:, self.attention_bias_idxs][None], proj
-
-    def _folded(self: Any, x, weights, residual):
-        qkv, bias, proj = weights
         activation, heads = self._hybridops_plan.facts
-        return attention_layer(
-            x,
+        layer = attention_step(
             qkv,
             proj,
             heads=heads,
             key_dim=self.key_dim,
             scale=self.scale,
             interleaved=True,
-            bias=bias,
+            bias=spread_out(self),
             activation=activation,
             residual=residual,
         )
+        return [layer]
 
 
 class AttentionSubsample(Attention):
@@ -189,40 +190,40 @@ class AttentionSubsample(Attention):
 
     @classmethod
     def subsample(cls, module: Any) -> Any:
+        """What keeps every `stride`-th row and column of its square of side `resolution`."""
         raise NotImplementedError
 
-    def forward(self, x):
-        plan = self._hybridops_plan
-        weights = plan.derived(self, x)
-        if weights is None and not plan.intact():
-            return self.replaces.forward(self, x)
-        few = self.subsample(self)(x)
-        if weights is None:
-            to_kv, to_q, to_out = self.parts(self).products
-            kv, q, bias, index = (
-                to_kv(x),
-                to_q(few),
-                self.attention_biases,
-                self.attention_bias_idxs,
-            )
-        else:
-            to_kv, to_q, to_out, bias = weights
-            kv = linear(x, to_kv.weight, to_kv.bias, packed=to_kv.packed)
-            q, index = linear(few, to_q.weight, to_q.bias, packed=to_q.packed), None
-        heads = plan.facts[1]
-        k, v = kv.unflatten(2, (heads, -1)).tensor_split([self.key_dim], 3)
-        out = attend(self, q.unflatten(2, (heads, -1)), k, v, bias, index)
-        if weights is None:
-            return to_out(out)
-        return linear(out, to_out.weight, to_out.bias, packed=to_out.packed)
+    def unfolded(self: Any, x):
+        to_kv, to_q, to_out = self.parts(self).products
+        heads, few = self._hybridops_plan.facts[1], self.subsample(self)(x)
+        k, v = to_kv(x).unflatten(2, (heads, -1)).tensor_split([self.key_dim], 3)
+        return to_out(attend(self, to_q(few).unflatten(2, (heads, -1)), k, v))
 
-    def derive(self):
-        bias = self.attention_biases[:, self.attention_bias_idxs][None]
-        return *map(folded, self.parts(self).products), bias
+    def layers(self: Any, residual: bool = False) -> list[Layer] | None:
+        few = self.subsample(self)
+        side, stride = getattr(few, "resolution", None), getattr(few, "stride", None)
+        if type(side) is not int or type(stride) is not int or residual:
+            return None
+        kv, q, proj = map(folded, self.parts(self).products)
+        activation, heads = self._hybridops_plan.facts
+        layer = subsample_step(
+            kv,
+            q,
+            proj,
+            heads=heads,
+            key_dim=self.key_dim,
+            scale=self.scale,
+            grid=(side, side),
+            stride=stride,
+            bias=spread_out(self),
+            activation=activation,
+        )
+        return [layer]
 
 
-def attend(attn: Any, q: Any, k: Any, v: Any, bias: Any, index: Any) -> Any:
+def attend(attn: Any, q: Any, k: Any, v: Any) -> Any:
     activation, _ = attn._hybridops_plan.facts
+    bias, index = attn.attention_biases, attn.attention_bias_idxs
     y = attention(q, k, v, bias=bias, bias_index=index, scale=attn.scale, activation=activation)
     return y.flatten(2)
 
@@ -235,7 +236,15 @@ def mlp_reason(up: Any, activation: Any, down: Any) -> str | None:
     )
 
 
-class Mlp(Fast):
+def mlp_layers(mlp: Any, residual: bool) -> list[Layer]:
+    """Of LinearNorm, activation, LinearNorm: the three children, in order."""
+    up, activation, down = mlp.children()
+    name = activation_name(activation)
+    assert name is not None
+    return [mlp_step(folded(up), folded(down), activation=name, residual=residual)]
+
+
+class Mlp(Chained):
     """LinearNorm, activation, LinearNorm: its three children, in order."""
 
     @classmethod
@@ -244,23 +253,12 @@ class Mlp(Fast):
             return "training keeps the norms between the products, which are served"
         return mlp_reason(*module.children())
 
-    @classmethod
-    def facts(cls, module):
-        return activation_name(list(module.children())[1])
-
-    def forward(self, x):
-        weights = self._hybridops_plan.derived(self, x)
-        if weights is None:
-            return self.replaces.forward(self, x)
-        return mlp_layer(x, *weights, activation=self._hybridops_plan.facts)
-
-    def derive(self):
-        up, _, down = self.children()
-        return folded(up), folded(down)
+    def layers(self: Any) -> list[Layer] | None:
+        return mlp_layers(self, False)
 
 
-class Residual(Fast):
-    """x + inner(x) in two dispatches: an attention, or LinearNorm, activation, LinearNorm."""
+class Residual(Chained):
+    """x + inner(x): an attention, or LinearNorm, activation, LinearNorm."""
 
     inner: ClassVar[str] = "m"
 
@@ -270,7 +268,7 @@ class Residual(Fast):
             return "training keeps the sum as it is; what it holds is served"
         inner = getattr(module, cls.inner)
         if cls.is_attention(inner):
-            return None  # its own rule decides, and derive() asks again
+            return None  # its own rule decides, and layers() asks again
         if len(inner._modules) != 3:
             return f"holds a {type(inner).__name__}"
         return mlp_reason(*inner.children())
@@ -279,23 +277,8 @@ class Residual(Fast):
     def is_attention(cls, inner: Any) -> bool:
         return hasattr(inner, "attention_biases")
 
-    @classmethod
-    def facts(cls, module):
-        inner = getattr(module, cls.inner)
-        return None if cls.is_attention(inner) else activation_name(list(inner.children())[1])
-
-    def forward(self, *args):
-        (x,) = args
-        weights = self._hybridops_plan.derived(self, x)
-        if weights is None:
-            return self.replaces.forward(self, x)
-        if self._hybridops_plan.facts is None:
-            return getattr(self, self.inner)._folded(x, weights, True)
-        return mlp_layer(x, *weights, activation=self._hybridops_plan.facts, residual=True)
-
-    def derive(self):
+    def layers(self: Any) -> list[Layer] | None:
         inner = getattr(self, self.inner)
-        if self._hybridops_plan.facts is None:
-            return inner.derive() if isinstance(inner, Attention) else None
-        up, _, down = inner.children()
-        return folded(up), folded(down)
+        if self.is_attention(inner):
+            return inner.layers(True) if isinstance(inner, Attention) else None
+        return mlp_layers(inner, True)

@@ -20,7 +20,7 @@ from .fast import Fast, dotted
 _HERE = "hybridops.optimize"
 _RELPOS = "timm.models.vision_transformer_relpos"
 _WINDOWS = "timm.models.swin_transformer"
-_DETR = "transformers.models.detr.modeling_detr:Detr"
+_RT_RESNET = "transformers.models.rt_detr.modeling_rt_detr_resnet:RTDetrResNet"
 _TORCH = f"{_HERE}.torch_transformer"
 _SWIN = "torchvision.models.swin_transformer"
 _MAXVIT = "torchvision.models.maxvit"
@@ -39,6 +39,10 @@ _VIT = {
     "FastPatchEmbeddings": "PatchEmbeddings",
     "FastLayer": "Layer",
 }
+_DETR = {"FastSelfAttention": "SelfAttention", "FastMLP": "MLP", "FastEncoderLayer": "EncoderLayer"}
+_DECODER = {"FastCrossAttention": "CrossAttention", "FastDecoderLayer": "DecoderLayer"}
+_BACKBONE = {"FastConvEncoder": "ConvEncoder"}
+_CONVS = {"FastConvNormLayer": "ConvNormLayer", "FastRepVggBlock": "RepVggBlock"}
 RULES: dict[str, str | type[Fast]] = {
     "torch.nn.modules.container:Sequential": f"{_HERE}.chained:FastSequential",
     "hybridops.models.levit:Levit": f"{_HERE}.ours:FastLevit",
@@ -77,12 +81,6 @@ RULES: dict[str, str | type[Fast]] = {
     "timm.models.levit:LevitDownsample": f"{_HERE}.timm_levit:FastLevitDownsample",
     "timm.models.levit:LevitStage": f"{_HERE}.timm_levit:FastLevitStage",
     "timm.models.levit:LevitDistilled": f"{_HERE}.timm_levit:FastLevitDistilled",
-    f"{_DETR}SelfAttention": f"{_HERE}.transformers_detr:FastSelfAttention",
-    f"{_DETR}CrossAttention": f"{_HERE}.transformers_detr:FastCrossAttention",
-    f"{_DETR}MLP": f"{_HERE}.transformers_detr:FastMLP",
-    f"{_DETR}EncoderLayer": f"{_HERE}.transformers_detr:FastEncoderLayer",
-    f"{_DETR}DecoderLayer": f"{_HERE}.transformers_detr:FastDecoderLayer",
-    f"{_DETR}ConvEncoder": f"{_HERE}.transformers_backbone:FastConvEncoder",
     "timm.models.twins:Twins": f"{_HERE}.timm_twins:FastTwins",
     "timm.models.twins:Block": f"{_HERE}.timm_twins:FastBlock",
     "timm.models.twins:PatchEmbed": f"{_HERE}.timm_twins:FastPatchEmbed",
@@ -106,6 +104,7 @@ RULES: dict[str, str | type[Fast]] = {
     f"{_RELPOS}:RelPosBlock": f"{_HERE}.timm_maxvit:FastRelPosBlock",
     "timm.models.coat:ConvPosEnc": f"{_HERE}.timm_peg:FastCoatConvPosEnc",
     "timm.models.davit:ConvPosEnc": f"{_HERE}.timm_peg:FastDavitConvPosEnc",
+    "timm.models.xcit:ConvPatchEmbed": f"{_HERE}.timm_xcit:FastConvPatchEmbed",
     "timm.models.xcit:LPI": f"{_HERE}.timm_peg:FastLPI",
     "timm.models.davit:WindowAttention": f"{_HERE}.timm_attention:FastWindowAttention",
     "timm.models.fastvit:Attention": f"{_HERE}.timm_attention:FastFastVitAttention",
@@ -150,6 +149,65 @@ RULES: dict[str, str | type[Fast]] = {
         FastPatchEmbeddings="ViTPatchEmbeddings",
         FastLayer="ViTLayer",
     ),
+    **_family("detr", "Detr", **_DETR, **_DECODER, **_BACKBONE),
+    **_family(
+        "conditional_detr",
+        "ConditionalDetr",
+        **_DETR,
+        **_BACKBONE,
+        FastDecoderSelfAttention="DecoderSelfAttention",
+        FastDecoderCrossAttention="DecoderCrossAttention",
+        FastDecoderLayer="DecoderLayer",
+    ),
+    **_family(
+        "table_transformer",
+        "TableTransformer",
+        **_BACKBONE,
+        FastAttention="Attention",
+        FastEncoderLayer="EncoderLayer",
+        FastDecoderLayer="DecoderLayer",
+    ),
+    **_family(
+        "dab_detr",
+        "",
+        FastAttention="DetrAttention",
+        FastEncoderLayer="DabDetrEncoderLayer",
+        FastDecoderLayer="DabDetrDecoderLayer",
+    ),
+    **_family(
+        "deformable_detr",
+        "DeformableDetr",
+        **_BACKBONE,
+        FastSelfAttention="SelfAttention",
+        FastMLP="MLP",
+    ),
+    **_family("rt_detr", "RTDetr", **_DETR, **_CONVS),
+    **_family("rt_detr_v2", "RTDetrV2", **_DETR, **_CONVS),
+    f"{_RT_RESNET}ConvLayer": f"{_HERE}.transformers_rt_detr:FastResNetConvLayer",
+    f"{_RT_RESNET}BasicLayer": f"{_HERE}.transformers_rt_detr:FastResNetBasicLayer",
+    f"{_RT_RESNET}BottleNeckLayer": f"{_HERE}.transformers_rt_detr:FastResNetBottleNeckLayer",
+    **_family("d_fine", "DFine", **_CONVS, FastSelfAttention="SelfAttention"),
+    **_family(
+        "omdet_turbo",
+        "OmDetTurbo",
+        **_CONVS,
+        FastMultiheadAttention="MultiheadAttention",
+        FastEncoderLayer="EncoderLayer",
+    ),
+    **_family(
+        "maskformer",
+        "MaskFormerDetr",
+        **_DECODER,
+        FastSelfAttention="SelfAttention",
+        FastMLP="MLP",
+    ),
+    **_family(
+        "resnet",
+        "ResNet",
+        FastConvLayer="ConvLayer",
+        FastBasicLayer="BasicLayer",
+        FastBottleNeckLayer="BottleNeckLayer",
+    ),
     **_family(
         "levit",
         "",
@@ -159,6 +217,7 @@ RULES: dict[str, str | type[Fast]] = {
         FastAttention="LevitAttention",
         FastAttentionSubsample="LevitAttentionSubsample",
         FastResidual="LevitResidualLayer",
+        FastStage="LevitStage",
         FastPatchEmbeddings="LevitPatchEmbeddings",
     ),
     **_family(
@@ -207,8 +266,35 @@ RULES: dict[str, str | type[Fast]] = {
 _CHANNELS = "channel attention: scores between channels, not tokens"
 _TALKING = "talking heads: products across heads before and behind the softmax"
 _DIFFERENTIAL = "differential attention: the difference of two softmaxes"
+_DEFORMABLE = "deformable attention: a query samples a few points of each map, between its tokens"
+_SAMPLED: tuple[str, ...] = (
+    "deformable_detr:DeformableDetr",
+    "rt_detr:RTDetr",
+    "rt_detr_v2:RTDetrV2",
+)
+_SAMPLED += ("d_fine:DFine", "omdet_turbo:OmDetTurbo", "grounding_dino:GroundingDino")
+_SAMPLED += ("mm_grounding_dino:MMGroundingDino", "lw_detr:LwDetr", "rf_detr:RfDetr")
+_GROUNDED = tuple(path for path in _SAMPLED if "grounding" in path)
+
+
+def _classes(families: tuple[str, ...], name: str, reason: str) -> dict[str, str]:
+    """The same class of several of transformers' models, "model:Prefix" each, with its reason."""
+    split = (family.split(":") for family in families)
+    return {
+        f"transformers.models.{model}.modeling_{model}:{prefix}{name}": reason
+        for model, prefix in split
+    }
+
+
 # Known classes that no kernel can serve: the reason that the report gives in place of a rule.
 UNSERVED: dict[str, str] = {
+    **_classes(_SAMPLED, "MultiscaleDeformableAttention", _DEFORMABLE),
+    **_classes(
+        _GROUNDED, "MultiheadAttention", "every layer asks it for the attention weights themselves"
+    ),
+    **_classes(
+        _GROUNDED, "BiMultiHeadAttention", "one matrix of scores, softmax along both of its sides"
+    ),
     "transformers.models.mobilevitv2.modeling_mobilevitv2:MobileViTV2LinearSelfAttention": (
         "linear attention: one softmax over the tokens weighs a sum, no scores of pairs"
     ),

@@ -1,4 +1,4 @@
-"""timm's ResNet inside transformers' DETR: frozen norms folded, convolutions packed once."""
+"""timm's ResNet inside transformers' DETRs: frozen norms folded, convolutions packed once."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from timm.models._features import FeatureListNet
 from timm.models.resnet import Bottleneck
 from torch import Tensor, nn
-from transformers.models.detr.modeling_detr import DetrConvEncoder, DetrFrozenBatchNorm2d
 
 from ..nn.conv import Conv, folded_conv, not_bare_conv
+from .convs import FROZEN, path_of
 from .fast import Fast, first, not_one_of
 
 _STEM = ("conv1", "bn1", "act1", "maxpool")
@@ -29,7 +29,7 @@ class Block(NamedTuple):
         return third(second(first(x, "relu"), "relu"), "relu", identity, overwrite)
 
 
-class FastConvEncoder(Fast, DetrConvEncoder):
+class ConvEncoder(Fast):
     @classmethod
     def unserved(cls, module, mode):
         if mode == "train":
@@ -57,10 +57,10 @@ class FastConvEncoder(Fast, DetrConvEncoder):
         # with torch's own convolutions just as with packed ones
         return original.to(memory_format=torch.channels_last)
 
-    def forward(self, pixel_values, pixel_mask):
+    def forward(self: Any, pixel_values, pixel_mask):
         weights = self._hybridops_plan.derived(self, pixel_values)
         if weights is None:
-            return DetrConvEncoder.forward(self, pixel_values, pixel_mask)
+            return self.replaces.forward(self, pixel_values, pixel_mask)
         stem, stages = weights
         pool = self.model.maxpool
         x = stem(pixel_values, "relu")
@@ -74,8 +74,8 @@ class FastConvEncoder(Fast, DetrConvEncoder):
                 found.append((x, mask))
         return found
 
-    def derive(self):
-        net: Any = self.model
+    def derive(self: Any):
+        net = self.model
         stages = [(n, [_folded(b) for b in net[n]]) for n in net if n.startswith("layer")]
         return folded_conv(net.conv1, net.bn1), stages
 
@@ -87,11 +87,10 @@ def _folded(block: Any) -> Block:
 
 
 def _not_conv_norm(name: str, conv: Any, norm: Any) -> str | None:
-    return (
-        not_one_of(name, conv, nn.Conv2d)
-        or not_bare_conv(conv)
-        or not_one_of(f"the norm behind {name}", norm, DetrFrozenBatchNorm2d)
-    )
+    reason = not_one_of(name, conv, nn.Conv2d) or not_bare_conv(conv)
+    if reason is None and path_of(norm) not in FROZEN:
+        return f"the norm behind {name} is {type(norm).__name__}, which is not frozen"
+    return reason
 
 
 def _not_bottleneck(name: str, block: Any) -> str | None:

@@ -72,7 +72,7 @@ def wants_attentions(module: Any, kwargs: dict[str, Any]) -> bool:
 class AttentionRule(Fast):
     """Base of the attention rules: when a call is served, and with which weights."""
 
-    invisible = KEY_BIASES
+    invisible: ClassVar[tuple[str, ...]] = KEY_BIASES
     projections: ClassVar[tuple[str, ...]] = ("q_proj", "k_proj", "v_proj", "o_proj")
 
     @classmethod

@@ -10,11 +10,14 @@ from transformers.models.levit.modeling_levit import (
     LevitMLPLayer,
     LevitPatchEmbeddings,
     LevitResidualLayer,
+    LevitStage,
     MLPLayerWithBN,
 )
 
 from ..ops import conv_stem
+from ..ops.chain import Chain
 from . import levit_shape as shape
+from .chained import is_apart, layers_of, not_chained
 from .convs import TRAINING
 from .fast import Fast, activation_name, first, not_activation, not_one_of
 
@@ -51,6 +54,28 @@ class FastAttentionSubsample(shape.AttentionSubsample, LevitAttentionSubsample):
 
 class FastResidual(shape.Residual, LevitResidualLayer):
     inner = "module"
+
+
+class FastStage(Fast, LevitStage):
+    """Its blocks as one chain; no Chained, whose `layers` is the name of a child here."""
+
+    @classmethod
+    def unserved(cls, module, mode):
+        if mode == "train":
+            return "training keeps the layers as they are; their parts are served"
+        return first(not_chained(name, part, mode) for name, part in module.layers.named_children())
+
+    @classmethod
+    def bypassed(cls, module):
+        return [module.layers]
+
+    def forward(self, hidden_state):
+        chain = None if is_apart() else self._hybridops_plan.derived(self, hidden_state)
+        return LevitStage.forward(self, hidden_state) if chain is None else chain(hidden_state)
+
+    def derive(self):
+        found = layers_of(*self.layers)
+        return Chain(found) if found else None
 
 
 class FastPatchEmbeddings(Fast, LevitPatchEmbeddings):
