@@ -21,6 +21,10 @@ from torch.utils.flop_counter import FlopCounterMode
 import hybridops
 from hybridops import cli
 from hybridops.bench import clock, jobs, op_task, peers, result, table
+from hybridops.bench.sample import Settings
+from hybridops.cli.bench import REHEARSAL
+from hybridops.models import Cpvt
+from hybridops.optimize.gates import make_live
 
 tomllib = pytest.importorskip("tomllib")
 SUITE = Path(__file__).parent.parent / "benchmarks" / "gpu.toml"
@@ -119,14 +123,24 @@ def test_models_are_asked_to_beat_what_torch_compiles():
 MODEL = "hybridops:cpvt_tiny"
 
 
+@pytest.fixture
+def tiny(monkeypatch):
+    """In place of the model: one of two blocks."""
+    torch.manual_seed(0)
+    model = Cpvt(32, 2, 2, num_classes=5).eval()
+    make_live(model, torch.randn(2, 3, 64, 64))
+    monkeypatch.setattr(jobs, "build_model", lambda name, size: (model, size))
+
+
 def rehearsed(**options):
     planned = jobs.model_jobs(
         MODEL, device="cuda", dtype=["bf16"], threads=[1], rehearsal=True, **options
     )
-    return [row for rows in jobs.run_jobs(planned) for row in rows]
+    quick = Settings(**REHEARSAL)
+    return [row for rows in jobs.run_jobs(planned, quick) for row in rows]
 
 
-def test_a_model_is_rehearsed_with_its_peers_and_asked_for_a_ratio():
+def test_a_model_is_rehearsed_with_its_peers_and_asked_for_a_ratio(tiny):
     wanted = ["ours-graph", "ours-cuda", "channels_last", "cudnn"]
     target = {"infer": {"compile-max-graph": [1.25], "channels_last": [2, 3]}}
     rows = rehearsed(peers=wanted, later=["compile-max-graph"], target=target)
@@ -144,7 +158,7 @@ def test_a_model_is_rehearsed_with_its_peers_and_asked_for_a_ratio():
     assert rows[0].target_ms is None
 
 
-def test_a_captured_model_and_a_training_step_are_rehearsed():
+def test_a_captured_model_and_a_training_step_are_rehearsed(tiny):
     captured = rehearsed(peers=["eager"], graph=True)
     learning = rehearsed(peers=["channels_last", "ours-graph"], mode=["train"])
     assert [row.verdict for row in captured] == ["OK", "OK"]
