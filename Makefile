@@ -63,7 +63,7 @@ endif
 
 gpu: gpu-build ## prove the GPU kernels on the GPU of this machine, then measure (9 minutes)
 	proven=0; \
-	$(GPU_RUN) -m pytest -q $(GPU_XDIST) -k "not 2_31" tests/test_gpu.py || proven=1; \
+	$(GPU_RUN) -m pytest -q $(GPU_XDIST) -k "not 2_31" tests/test_gpu.py tests/test_gpu_models.py || proven=1; \
 	$(GPU_RUN) -m pytest -q -k 2_31 tests/test_gpu.py || proven=1; \
 	$(GPU_RUN) $(GPU_BENCH) --stop-after $(GPU_SECONDS) && exit $$proven
 

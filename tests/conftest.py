@@ -68,3 +68,19 @@ def timm():
         return import_timm()
     except ImportError as error:
         pytest.skip(str(error))
+
+
+@pytest.fixture
+def torchs_fp32():
+    """Both sides in IEEE fp32: torch's convolutions would use TF32."""
+    kept = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch.backends.cudnn.allow_tf32 = kept
+
+
+@pytest.fixture(params=["triton", "cuda"])
+def gpu_backend(request) -> str:
+    if backend.why_absent(request.param):
+        pytest.skip(f"{request.param}: {backend.why_absent(request.param)}")
+    return request.param

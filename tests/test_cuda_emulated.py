@@ -1,73 +1,27 @@
 """The CUDA kernels on the emulated GPU: every case, the same error rule, forward and backward.
 
-build/_cuda_emulated.so holds the sources of csrc/cuda, built for the host against tests/emulation;
-it registers hybridops_cuda::<op> for CPU tensors. Here those ops stand behind the public ones, so a
-case runs through the door, the kernel and the gradient as it would on a GPU.
+How such a call comes to them: emulated_gpu.py.
 """
 
 from __future__ import annotations
 
-import importlib.util
-import shutil
-import subprocess
-import sys
-from pathlib import Path
-
 import check
+import emulated_gpu
 import pytest
 import torch
 from cases import CASES
 
-from hybridops import backend, ops
+from hybridops import ops
 from hybridops.bench import case as cases
 
-ROOT = Path(__file__).resolve().parent.parent
-LIBRARY = ROOT / "build" / "_cuda_emulated.so"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-SERVED = {
-    "peg": ("peg", "peg_backward"),
-    "attention": ("attention", "attention_backward"),
-    "linear": ("linear", "linear_backward"),
-    "patch_embed": ("patch_embed", "conv_backward"),
-    "conv_stem": ("conv_stem", "conv_backward"),
-}
 pytestmark = pytest.mark.usefixtures("nan_filled", "emulated")
 
 
 @pytest.fixture(scope="module")
-def library() -> None:
-    """hybridops_cuda::<op> for CPU tensors, built first where that is possible."""
-    if not LIBRARY.exists():
-        compiler = any(shutil.which(name) for name in ("g++", "clang++", "c++"))
-        if not compiler or importlib.util.find_spec("ninja") is None:
-            pytest.skip("needs a C++ compiler and ninja")
-        build = [sys.executable, "setup.py", "--quiet", "build_cuda_emulated"]
-        built = subprocess.run(build, cwd=ROOT, capture_output=True, text=True)
-        assert built.returncode == 0, built.stdout[-4000:]
-    for op in (name for names in SERVED.values() for name in names):
-        if not hasattr(torch.ops.hybridops_cuda, op):
-            schema = str(getattr(torch.ops.hybridops, op).default._schema)
-            torch.library.define(f"hybridops_cuda::{op}", schema.removeprefix(f"hybridops::{op}"))
-    torch.ops.load_library(str(LIBRARY))
-
-
-@pytest.fixture
-def emulated(library, monkeypatch):
-    """The public ops on CPU tensors run the CUDA kernels while a test runs."""
-    if backend.ISA is None:
-        pytest.skip("the door hands CPU tensors to a kernel only where there is a CPU library")
-    override = torch.library.Library("hybridops", "IMPL")
-    for op in {name for names in SERVED.values() for name in names}:
-        kernel = getattr(torch.ops.hybridops_cuda, op).default
-        override.impl(op, kernel, "CPU", allow_override=True)
-
-    def unpacked(weight, runs):  # nothing is packed on a GPU
-        return weight.clone()
-
-    override.impl("pack_linear", unpacked, "CPU", allow_override=True)
-    monkeypatch.setattr(backend, "CPU_DTYPES", tuple(DTYPES))
-    yield
-    override._destroy()
+def emulated():
+    with emulated_gpu.serving():
+        yield
 
 
 def work(case) -> int:
@@ -96,7 +50,7 @@ SMALL = 1e6
 
 def cases_and_dtypes():
     """Small cases in fp32 and bf16; larger ones, and fp16, by `make wide`."""
-    for case in (case for op in SERVED for case in CASES[op] if not case.unserved):
+    for case in (case for op in emulated_gpu.SERVED for case in CASES[op] if not case.unserved):
         for dtype in DTYPES:
             quick = work(case) <= SMALL and dtype != torch.float16
             name = f"{case}-{str(dtype).removeprefix('torch.')}"

@@ -19,7 +19,7 @@ from cases import CASES, all_cases, find
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import hybridops
-from hybridops import BackendUnavailable, backend, ops
+from hybridops import BackendUnavailable, ops
 
 HAS_GPU = torch.cuda.is_available()
 on_gpu = pytest.mark.skipif(not HAS_GPU, reason="torch sees no GPU")
@@ -31,22 +31,6 @@ REPEATED = {
     "patch_embed": "patch_embed-pos_all",
     "conv_stem": "conv_stem-odd_channels",
 }
-
-
-@pytest.fixture
-def torchs_fp32():
-    """Both sides in IEEE fp32: torch's convolutions would use TF32."""
-    kept = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
-    yield
-    torch.backends.cudnn.allow_tf32 = kept
-
-
-@pytest.fixture(params=["triton", "cuda"])
-def gpu_backend(request) -> str:
-    if backend.why_absent(request.param):
-        pytest.skip(f"{request.param}: {backend.why_absent(request.param)}")
-    return request.param
 
 
 def skip_unless_served(case, dtype, backend_name: str) -> None:

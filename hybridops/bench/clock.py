@@ -48,12 +48,17 @@ class Wall:
 class CudaEvents:
     """Time on the GPU between two events in the current stream. Written without a GPU at hand.
 
-    The GPU sleeps first, so that what Python needs to launch everything is over when it begins: the
-    time is that of kernels which follow each other, as in a captured graph.
+    For an op the GPU sleeps first, so that what Python needs to launch everything is over when it
+    begins: the time is that of kernels which follow each other, as in a captured graph. A whole
+    model's launches are part of its time, as they are for whoever runs it; what a graph saves of
+    them shows.
     """
 
     name = "cuda-events"
     SLEEP_CYCLES = 2_000_000  # about a millisecond
+
+    def __init__(self, sleeps: bool = True) -> None:
+        self.sleeps = sleeps
 
     def time(self, run, calls, before=None) -> float:
         pairs = []
@@ -61,7 +66,8 @@ class CudaEvents:
             if before is not None:
                 before()
             pair = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-            torch.cuda._sleep(self.SLEEP_CYCLES)
+            if self.sleeps:
+                torch.cuda._sleep(self.SLEEP_CYCLES)
             pair[0].record()
             run()
             pair[1].record()
@@ -70,8 +76,8 @@ class CudaEvents:
         return sum(start.elapsed_time(end) for start, end in pairs) * 1e-3 / calls
 
 
-def clock_for(device: torch.device) -> Clock:
-    return CudaEvents() if device.type == "cuda" else Wall()
+def clock_for(device: torch.device, kind: str = "op") -> Clock:
+    return CudaEvents(sleeps=kind == "op") if device.type == "cuda" else Wall()
 
 
 def settle() -> None:

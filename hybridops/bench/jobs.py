@@ -12,17 +12,22 @@ A suite is a TOML file with tables [[op]] and [[model]], whose keys are the opti
     batch = [1, 16]
     peers = ["eager", "compile"]
 
-An op may name the time asked for, and a better one, in microseconds per mode. "bwd" is forward and
-backward together:
+Either may name the time asked for, and a better one, in microseconds per mode ("bwd" is forward and
+backward together), or how many times as fast as a peer ours shall be:
 
     target = { fwd = [58, 46], bwd = [193, 154] }
+    target = { infer = { eager = [2.5], compile-max-graph = [1.5, 2] } }
+
+Peers named as `later` are compared too, but behind all that the suite asks for otherwise:
+
+    later = ["compile-max"]
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -43,11 +48,16 @@ from .task import DTYPES, MODEL_MODES, OP_MODES, Task
 OP_PEERS, MODEL_PEERS = ("eager", "sdpa"), ("eager", "compile")
 METRICS = ("latency", "throughput", "peak-mem")
 DEVICES = ("cpu", "cuda")
+REHEARSED_SIZE = 64
 BACKENDS = ("auto", "all", "cpu", "triton", "cuda", "reference")
 
 
 class BadSuite(ValueError):
     """A suite file that cannot be read, or asks for what does not exist."""
+
+
+# Asked for, and better still: milliseconds, or by peer how many times as fast
+Target = tuple[float, ...] | dict[str, tuple[float, ...]]
 
 
 @dataclass
@@ -58,8 +68,10 @@ class Job:
     task: Callable[[], Task]
     peers: tuple[str, ...]
     memory: bool = False
-    target: tuple[float, ...] = ()  # ms: asked for, and better still
+    target: Target = ()
     how: str = ""  # what else tells it from other jobs of its title
+    kind: str = "op"
+    late: bool = False
 
     @property
     def key(self) -> str:
@@ -77,14 +89,15 @@ def op_jobs(
     backend: str = "auto",
     layout: str | None = None,
     peers: Sequence[str] | None = None,
+    later: Sequence[str] = (),
     seed: int = 0,
     device: str = "cpu",
-    target: Mapping[str, Sequence[float]] | None = None,
+    target: Mapping[str, Any] | None = None,
     rehearsal: bool = False,
 ) -> list[Job]:
     """A job for every combination. Raises ValueError that names what there is.
 
-    target: us per mode. rehearsal: the same on small inputs on the CPU, whatever the device.
+    later, target: see above. rehearsal: the same on small inputs on the CPU, whatever the device.
     """
     if name not in OPS:
         raise ValueError(f"unknown op {name!r}; there are {', '.join(OPS)}")
@@ -92,14 +105,10 @@ def op_jobs(
     _among(mode, OP_MODES, "mode")
     _among([] if layout is None else [layout], (*INPUT_LAYOUTS, "channels_last"), "layout")
     _among([backend], BACKENDS, "backend")
-    _among([device], DEVICES, "device")
-    if device == "cuda" and not (rehearsal or torch.cuda.is_available()):
-        raise ValueError("device cuda: torch sees no GPU (--dry-run rehearses without one)")
-    asked = _targets(target or {}, mode)
+    _check_device(device, rehearsal)
     if peers is None:
         peers = OP_PEERS if name == "attention" else OP_PEERS[:1]
-    for p in peers:
-        peer(p)
+    asked = _targets(target or {}, mode, [*peers, *later])
     cases = [case for s in shape for case in find_cases(name, s)]
     jobs = []
     if rehearsal:
@@ -108,8 +117,20 @@ def op_jobs(
         for b in chosen_backends(backend, device):
             make = partial(_op, rehearsal, case, d, m, count, b, layout, seed, device)
             how = " ".join([device, b, f"{count} threads", *filter(None, [layout])])
-            jobs.append(Job(f"{case} {m} {d}", make, tuple(peers), False, asked.get(m, ()), how))
+            job = Job(f"{case} {m} {d}", make, tuple(peers), False, asked.get(m, ()), how)
+            jobs += _now_and_later(job, later)
     return jobs
+
+
+def _check_device(device: str, rehearsal: bool) -> None:
+    _among([device], DEVICES, "device")
+    if device == "cuda" and not (rehearsal or torch.cuda.is_available()):
+        raise ValueError("device cuda: torch sees no GPU (--dry-run rehearses without one)")
+
+
+def _now_and_later(job: Job, later: Sequence[str]) -> list[Job]:
+    late = replace(job, peers=tuple(later), late=True, memory=False)
+    return [job, late] if later else [job]
 
 
 def _op(rehearsal: bool, *arguments: Any) -> Task:
@@ -118,14 +139,28 @@ def _op(rehearsal: bool, *arguments: Any) -> Task:
     return task
 
 
-def _targets(target: Any, modes: Sequence[str]) -> dict[str, tuple[float, ...]]:
-    """Milliseconds by mode. Raises ValueError for anything else than is documented above."""
-    for mode, times in target.items():
+def _targets(target: Any, modes: Sequence[str], peers: Sequence[str]) -> dict[str, Target]:
+    """By mode. Raises ValueError for anything else than is documented above, and unknown peers."""
+    for name in peers:
+        peer(name)
+    found: dict[str, Target] = {}
+    for mode, asked in target.items():
         _among([mode], tuple(modes), "mode of target")
-        numbers = [t for t in times if isinstance(t, int | float) and 0 < t < 1e9]
-        if not 1 <= len(numbers) == len(times) <= 2 or sorted(times, reverse=True) != list(times):
-            raise ValueError(f"target: one or two times in us, the better one last, got {times}")
-    return {mode: tuple(t / 1e3 for t in times) for mode, times in target.items()}
+        if isinstance(asked, Mapping):
+            _among(list(asked), tuple(peers), "peer of target")
+            found[mode] = {p: _pair(times, "ratios", better=max) for p, times in asked.items()}
+        else:
+            found[mode] = tuple(t / 1e3 for t in _pair(asked, "times in us", better=min))
+    return found
+
+
+def _pair(values: Any, what: str, better: Callable) -> tuple[float, ...]:
+    """One or two positive numbers, the better one last."""
+    given = list(values) if isinstance(values, list | tuple) else []
+    numbers = [t for t in given if isinstance(t, int | float) and 0 < t < 1e9]
+    if not 1 <= len(numbers) == len(given) <= 2 or better(numbers) != numbers[-1]:
+        raise ValueError(f"target: one or two {what}, the better one last, got {values}")
+    return tuple(float(t) for t in numbers)
 
 
 def model_jobs(
@@ -137,43 +172,71 @@ def model_jobs(
     mode: Sequence[str] = ("infer",),
     threads: Sequence[int] = (),
     peers: Sequence[str] | None = None,
+    later: Sequence[str] = (),
     metric: Sequence[str] = ("latency",),
     seed: int = 0,
+    device: str = "cpu",
+    graph: bool = False,
+    target: Mapping[str, Any] | None = None,
+    rehearsal: bool = False,
 ) -> list[Job]:
     """A job for every combination; a model is built once for all jobs of one size.
 
+    graph: ours replays a CUDA graph. later, target: see above. rehearsal: the same on two small
+    images on the CPU, whatever the device.
     Raises ValueError for an unknown name, dtype, mode, metric or peer.
     """
     name = full_name(name)
-    _among(dtype, ("fp32", "bf16"), "dtype")
+    _among(dtype, ("fp32", "bf16", "fp16") if device == "cuda" else ("fp32", "bf16"), "dtype")
     _among(mode, MODEL_MODES, "mode")
     _among(metric, METRICS, "metric")
-    for p in peers or ():
-        peer(p)
+    _check_device(device, rehearsal)
+    if device == "cuda" and "peak-mem" in metric:
+        raise ValueError("peak-mem is the memory of a process, not of a GPU")
+    if graph and (device != "cuda" or tuple(mode) != ("infer",)):
+        raise ValueError("graph: a CUDA graph is captured on a GPU, of inference")
+    peers = tuple(peers or MODEL_PEERS)
+    asked = _targets(target or {}, mode, [*peers, *later])
+    if rehearsal:
+        batch, size, device = [2], [REHEARSED_SIZE], "cpu"
     built: dict[int | None, Any] = {}
 
     def task(size, batch, dtype, mode, threads) -> Task:
         if size not in built:
             built.clear()  # one model at a time stays in memory
-            built[size] = build_model(name, size)
+            model, takes = build_model(name, size)
+            built[size] = model.to(device), takes
         model, takes = built[size]
-        return model_task(
-            name, model, size=takes, batch=batch, dtype=dtype, mode=mode, threads=threads, seed=seed
+        task = model_task(
+            name,
+            model,
+            size=takes,
+            batch=batch,
+            dtype=dtype,
+            mode=mode,
+            threads=threads,
+            seed=seed,
+            device=device,
+            graph=graph,
         )
+        task.rehearsal = rehearsal
+        return task
 
     jobs = []
     for s, b, d, m, count in product(size, batch, dtype, mode, threads or _threads()):
         make = partial(task, s, b, d, m, count)
         title = f"{name} {m} {d} batch {b}"
         how = f"{s or ''} {count} threads {','.join(metric)}"
-        jobs.append(Job(title, make, tuple(peers or MODEL_PEERS), "peak-mem" in metric, how=how))
+        how += f" {device}" * (device != "cpu") + " graph" * graph
+        job = Job(title, make, peers, "peak-mem" in metric, asked.get(m, ()), how, "model")
+        jobs += _now_and_later(job, later)
     return jobs
 
 
 def suite_jobs(path: Path, *, rehearsal: bool = False) -> list[Job]:
     """The jobs of a suite file. Raises BadSuite for what cannot be read or served.
 
-    rehearsal: see op_jobs; a suite with models has none.
+    rehearsal: see op_jobs and model_jobs.
     """
     try:
         import tomllib
@@ -192,7 +255,7 @@ def suite_jobs(path: Path, *, rehearsal: bool = False) -> list[Job]:
             where = f"{path}: [[{kind}]] number {i + 1}"
             if not isinstance(entry, dict) or "name" not in entry:
                 raise BadSuite(f"{where} has no name")
-            single = ("name", "backend", "layout", "seed", "device", "target")
+            single = ("name", "backend", "layout", "seed", "device", "target", "graph")
             options = {
                 k: v if k in single or isinstance(v, list) else [v] for k, v in entry.items()
             }
@@ -209,7 +272,7 @@ def suite_jobs(path: Path, *, rehearsal: bool = False) -> list[Job]:
         raise BadSuite(f"{path}: unknown tables {', '.join(suite)} (op and model are known)")
     if not jobs:
         raise BadSuite(f"{path} asks for nothing")
-    return jobs
+    return sorted(jobs, key=lambda job: job.late)
 
 
 def run_jobs(
@@ -246,11 +309,20 @@ def run_jobs(
             lost = error if "CUDA error" in str(error) else None
         for row in found:
             row.repro, row.job = _repro(row, settings), job.key
-            if row.ours and job.target:
-                row.target_ms, row.stretch_ms = job.target[0], job.target[-1]
+            _set_target(row, job.target)
         yield found
         if lost:
             raise Lost(f"{job.title}: {lost}")
+
+
+def _set_target(row: Row, target: Target) -> None:
+    """A time is asked of ours, a ratio stands in the peer's row, where the speed-up does."""
+    if isinstance(target, dict):
+        asked = target.get(row.candidate)
+        if asked and not row.ours:
+            row.target_speedup, row.stretch_speedup = asked[0], asked[-1]
+    elif row.ours and target:
+        row.target_ms, row.stretch_ms = target[0], target[-1]
 
 
 class Lost(RuntimeError):
@@ -261,7 +333,9 @@ def _failed(job: Job, task: Task | None, error: Exception) -> Row:
     """The row of a comparison that raised; without a task only its title is known."""
     reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
     if task is None:
-        return Row("op", job.title, "", "", "", None, 1, "", "hybridops", True, "FAILED", reason)
+        return Row(
+            job.kind, job.title, "", "", "", None, 1, "", "hybridops", True, "FAILED", reason
+        )
     known = (task.kind, task.name, task.case, task.dtype, task.mode, task.batch, task.threads)
     return Row(*known, "", task.label, True, "FAILED", reason, task.repro, task.layout)
 

@@ -97,7 +97,7 @@ class _Comparison:
             self.flop = float(counter.get_total_flops() * task.work_share)
         self.limits = task.limits(len(self.exact), self.outputs)
         self.device = task.inputs[0].device if task.inputs else torch.device("cpu")
-        self.clock = timer or clock.clock_for(self.device)
+        self.clock = timer or clock.clock_for(self.device, task.kind)
         ours = _Entry(task.label, task.ours, ours=True)
         self.entries = [ours, *(_Entry(name, build) for name, build in builders.items())]
         self.torchs = peers.build("eager", task).outcome()  # torch's own error, asked for or not

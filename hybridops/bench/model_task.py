@@ -5,18 +5,21 @@ from __future__ import annotations
 import warnings
 from contextlib import nullcontext
 from copy import deepcopy
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .. import backend as backends
 from ..compat import import_timm
 from ..models import list_models
 from ..optimize import optimize
 from ..optimize.explain import create
 from ..optimize.gates import make_live
+from .op_task import naming_what_ran, skip_unless_there
 from .plain import plain_torch
-from .task import Candidate, Task
+from .task import Candidate, Skip, Task
 
 SIZE = 224
 
@@ -81,19 +84,25 @@ def model_task(
     mode: str = "infer",
     threads: int = 1,
     seed: int = 0,
+    device: str = "cpu",
+    graph: bool = False,
 ) -> Task:
-    """The task of running `model`, which stays as it is, on `batch` images of (3, size, size)."""
+    """The task of running `model`, which stays as it is, on `batch` images of (3, size, size).
+
+    device: where the model is. graph: ours replays a CUDA graph.
+    """
     native = type(model).__module__.startswith("hybridops.")
     world: Any = plain_torch if native else nullcontext
 
     def draw(seed: int) -> list[Tensor]:
         generator = torch.Generator().manual_seed(seed)
-        return [torch.randn(batch, 3, size, size, generator=generator)]
+        return [torch.randn(batch, 3, size, size, generator=generator).to(device)]
 
     def ours(task: Task) -> Candidate:
-        return task.candidate("hybridops", optimized(task), "cpu")
+        return captured(task, optimized(task)) if graph else through(task, "auto")
 
     repro = f"hybridops bench model {name} --batch {batch} --size {size} --dtype {dtype}"
+    repro += " --device cuda" * (device == "cuda") + " --graph" * graph
     return Task(
         kind="model",
         name=name,
@@ -118,6 +127,42 @@ def optimized(task: Task, backend: str = "auto") -> nn.Module:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # built of our modules: nothing to replace is no news
         return optimize(twin.train(mode == "train"), mode, backend=backend, strict=False)
+
+
+def through(task: Task, backend: str) -> Candidate:
+    """Ours with one backend forced, or with "auto" through those that the table chooses."""
+    skip_unless_there(backend)
+    if backend != "auto":
+        world = partial(backends.use, backend)
+        return task.candidate("hybridops", optimized(task), backend, world=world)
+    candidate = task.candidate("hybridops", optimized(task), "cpu")
+    return naming_what_ran(candidate) if task.on_gpu else candidate
+
+
+def captured(task: Task, module: nn.Module) -> Candidate:
+    """The module as a CUDA graph, replayed on a copy of the inputs: one launch in place of all.
+
+    A rehearsal runs it without. Raises Skip for training, and on a CPU.
+    """
+    if task.differentiates:
+        raise Skip("a graph is captured of inference only")
+    if task.rehearsal:
+        return task.candidate("ours-graph", module)
+    if not task.on_gpu:
+        raise Skip("only on a GPU")
+    held = [x.clone() for x in task.inputs]
+    ran = naming_what_ran(task.candidate("ours-graph", module)).backend  # compiles, too
+    graph = torch.cuda.CUDAGraph()
+    with task.no_gradients(), torch.cuda.graph(graph):
+        results = module(*held)
+
+    def replay(*inputs):
+        for copy, x in zip(held, inputs, strict=True):
+            copy.copy_(x)
+        graph.replay()
+        return results
+
+    return task.candidate("ours-graph", module, f"{ran}, graph", call=replay)
 
 
 def without_dropout(model: nn.Module) -> nn.Module:

@@ -127,9 +127,7 @@ def through(task: Task, backend: str) -> Candidate:
     """Ours, forced through one backend, or with "auto" through the one that serves such a call."""
     meaning = task.module
     assert isinstance(meaning, _Meaning)
-    if backend != "auto" and backend not in backends.available():
-        why = backends.why_absent(backend) if backend != "reference" else None
-        raise Skip(f"backend {backend} is not there: {why or 'not built'}")
+    skip_unless_there(backend)
     tensors = dict(zip(meaning.data, task.inputs, strict=True)) | meaning.weights()
     twin = _Ours(meaning.case, tensors).to(task.torch_dtype)
     twin.load_state_dict({n: t.to(task.torch_dtype) for n, t in meaning.state_dict().items()})
@@ -137,7 +135,18 @@ def through(task: Task, backend: str) -> Candidate:
         twin.packs = meaning.case.pack(twin.weights())
     if backend != "auto":
         return task.candidate("hybridops", twin, backend, world=partial(backends.use, backend))
-    candidate = task.candidate("hybridops", twin)
+    return naming_what_ran(task.candidate("hybridops", twin))
+
+
+def skip_unless_there(backend: str) -> None:
+    """Raises Skip where this process lacks a backend that is to be forced."""
+    if backend != "auto" and backend not in backends.available():
+        why = backends.why_absent(backend) if backend != "reference" else None
+        raise Skip(f"backend {backend} is not there: {why or 'not built'}")
+
+
+def naming_what_ran(candidate: Candidate) -> Candidate:
+    """The candidate, its backend named after what served a call of it."""
     before = backends.served.copy()
     candidate.outcome()
     ran = (backends.served - before).keys()

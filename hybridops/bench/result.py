@@ -73,6 +73,8 @@ class Row:
     device: str = "cpu"  # or the GPU's name
     target_ms: float | None = None  # ours: what its suite asks for
     stretch_ms: float | None = None
+    target_speedup: float | None = None  # a peer's row: what its suite asks of the speed-up
+    stretch_speedup: float | None = None
     job: str = ""  # which comparison of a run this is
 
     def set_times(self, times: Summary) -> None:

@@ -37,7 +37,7 @@ def table(rows: Sequence[Row]) -> str:
             last = row.key()
         lines.append(_cells(row))
     columns = list(_COLUMNS)
-    if any(row.target_ms for row in rows):
+    if any(row.target_ms or row.target_speedup for row in rows):
         columns.insert(2, _TARGET)
         every = (line for _, lines in blocks for line in lines)
         for row, line in zip(rows, every, strict=True):
@@ -52,15 +52,28 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def _target(row: Row) -> str:
-    """What was asked for, and whether it was reached."""
-    if not row.target_ms:
+    """What was asked for, a time or a speed-up over this peer, and whether it was reached."""
+    if row.target_speedup:
+        asked = _both(row.target_speedup, row.stretch_speedup) + "x"
+        return asked + _reached(row.speedup, row.target_speedup, row.stretch_speedup)
+    if row.target_ms:
+        asked, figure = _both(row.target_ms, row.stretch_ms), row.median_ms
+        less = [-x if x else None for x in (figure, row.target_ms, row.stretch_ms)]
+        return asked + _reached(*less)
+    return ""
+
+
+def _both(target: float, stretch: float | None) -> str:
+    return "/".join(dict.fromkeys(figures(x) for x in (target, stretch) if x))
+
+
+def _reached(found: float | None, target: float | None, stretch: float | None) -> str:
+    """More is better here."""
+    if found is None or target is None:
         return ""
-    asked = "/".join(figures(ms) for ms in (row.target_ms, row.stretch_ms) if ms)
-    if row.median_ms is None:
-        return asked
-    if row.stretch_ms and row.median_ms <= row.stretch_ms:
-        return f"{asked} stretch"
-    return f"{asked} {'reached' if row.median_ms <= row.target_ms else 'missed'}"
+    if stretch is not None and stretch > target and found >= stretch:
+        return " stretch"
+    return " reached" if found >= target else " missed"
 
 
 def _block(

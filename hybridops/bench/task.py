@@ -89,6 +89,10 @@ class Task:
         return DTYPES[self.dtype]
 
     @property
+    def on_gpu(self) -> bool:
+        return any(x.is_cuda for x in self.inputs)
+
+    @property
     def differentiates(self) -> bool:
         return self.mode in ("bwd", "train")
 
@@ -191,7 +195,8 @@ class _Runner:
         return outputs, [x.grad if x.grad is not None else torch.zeros_like(x) for x in wanted]
 
     def step(self) -> Any:
-        with torch.autocast("cpu", self.task.torch_dtype, enabled=self.cast):
+        device = self.inputs[0].device.type
+        with torch.autocast(device, self.task.torch_dtype, enabled=self.cast):
             outputs = tensors(self.call(*self.inputs))
         sum(self._losses(outputs), torch.zeros(())).backward()
         self.optimizer.step()
@@ -210,7 +215,7 @@ class _Runner:
                 lambda *_: grads.extend(
                     p.grad.detach().flatten().double()
                     if p.grad is not None
-                    else torch.zeros(p.numel(), dtype=torch.float64)
+                    else torch.zeros(p.numel(), dtype=torch.float64, device=p.device)
                     for p in self.weights
                 )
             )

@@ -87,6 +87,9 @@ def _model(arguments: argparse.Namespace) -> int:
             peers=arguments.peers,
             metric=arguments.metric,
             seed=arguments.seed,
+            device=arguments.device,
+            graph=arguments.graph,
+            rehearsal=arguments.dry_run,
         )
     ]
     return _measure(planned, arguments)
@@ -287,6 +290,9 @@ def add_arguments(bench: argparse.ArgumentParser) -> None:
         default=["latency"],
         help=f"{', '.join(jobs.METRICS)} (peak-mem runs each candidate in a process of its own)",
     )
+    model.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
+    model.add_argument("--graph", action="store_true", help="ours as a CUDA graph")
+    _dry_run(model)
     _common(model, "eager, compile")
 
     suite = add(

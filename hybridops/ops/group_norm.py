@@ -6,7 +6,7 @@ x (B, C, H, W), its C channels in `groups` normalised per image, then weight and
 
 The kernel reads and writes channels_last. Over a ResNet's ten shapes at batch 1, ReLU included,
 torch's own takes 1.5 times as long in fp32 and twice as long in bf16 (2 cores of a Zen 4), and its
-residual is one more pass. While gradients are recorded this is plain torch.
+residual is one more pass. While gradients are recorded, and on a GPU, this is plain torch.
 """
 
 from __future__ import annotations
@@ -101,7 +101,10 @@ def group_norm(
     if residual is not None:
         check_tensor("group_norm", "residual", residual, 4, None if _mixed(x) else x)
         check_shape("group_norm", "residual", residual, tuple(x.shape))
-    if not torch.is_grad_enabled():
+    if x.is_cuda:  # torch's own serves there on purpose, whatever is forced
+        if not torch.compiler.is_compiling():
+            backend.served["group_norm", "torch"] += 1
+    elif not torch.is_grad_enabled():
         backend.which("group_norm", x)  # counts the call, or raises where the kernel was forced
     return group_norm_reference(x, groups, weight, bias, eps, activation, residual)
 

@@ -1,4 +1,4 @@
-"""report(model): what optimize() replaced, what it left alone and why, what fell back since."""
+"""report(model): what optimize() replaced, what it left alone and why, what served it since."""
 
 from __future__ import annotations
 
@@ -18,13 +18,17 @@ _HEADER = ("layer", "was", "now", "error", "torch's")
 
 @dataclass
 class Report:
-    """A model's layers, and the calls that no kernel served: `str()`, `.markdown()`, `.json()`."""
+    """A model's layers, the calls that no kernel served, and what served those on a GPU.
+
+    `str()`, `.markdown()`, `.json()`.
+    """
 
     model: str
     options: dict[str, Any]
     layers: list[Layer]
     fallbacks: dict[tuple[str, str], int] = field(default_factory=dict)
     errors: dict[str, tuple[float, float]] = field(default_factory=dict)  # fqn -> ours, torch's
+    served: dict[tuple[str, str], int] = field(default_factory=dict)  # on a GPU: op, what ran
 
     @property
     def replaced(self) -> int:
@@ -49,6 +53,8 @@ class Report:
         ]
         for (op, reason), calls in sorted(self.fallbacks.items()):
             lines.append(f"{op}: {calls} calls fell back: {reason}")
+        for (op, what), calls in sorted(self.served.items()):
+            lines.append(f"{op}: {calls} calls on a GPU served by {what}")
         return lines
 
     def __str__(self) -> str:
@@ -62,9 +68,11 @@ class Report:
         return "\n".join([*lines, "", *(f"- {line}" for line in self.summary())])
 
     def json(self) -> str:
-        """The same as JSON: model, options, layers, fallbacks, errors."""
-        fallbacks = [[op, reason, calls] for (op, reason), calls in sorted(self.fallbacks.items())]
-        content = {**asdict(self), "fallbacks": fallbacks}
+        """The same as JSON: model, options, layers, fallbacks, errors, served."""
+        content = asdict(self)
+        for counted in ("fallbacks", "served"):
+            calls = sorted(getattr(self, counted).items())
+            content[counted] = [[op, what, count] for (op, what), count in calls]
         return json.dumps(content, indent=2)
 
     def _columns(self):
@@ -74,7 +82,7 @@ class Report:
 
 
 def report(model: nn.Module) -> Report:
-    """What optimize(model) did. Fallbacks are counted over the whole process since then.
+    """What optimize(model) did. Calls are counted over the whole process since then.
 
     Raises ValueError for a model that was not optimized (explain(model) shows what would happen).
     """
@@ -87,7 +95,12 @@ def report(model: nn.Module) -> Report:
     checks = journal.verification.checks if journal.verification else ()
     errors = {check.fqn: (check.error, check.eager) for check in checks}
     return Report(
-        original_class(model).__name__, journal.options, journal.layers, dict(since), errors
+        original_class(model).__name__,
+        journal.options,
+        journal.layers,
+        dict(since),
+        errors,
+        dict(backend.served - journal.served),
     )
 
 

@@ -61,6 +61,7 @@ class Journal:
     fallbacks: Counter[tuple[str, str]] = field(
         default_factory=Counter
     )  # backend.fallbacks at that time
+    served: Counter[tuple[str, str]] = field(default_factory=Counter)  # backend.served likewise
     verification: Any = None
     handles: list[Any] = field(default_factory=list)
 
@@ -120,7 +121,9 @@ def optimize(
         _swap(module, rule, Plan(fold=fold and mode == "inference"))
     _watch(model)
     if journal is None:
-        journal = Journal(options, fallbacks=Counter(backends.fallbacks))
+        journal = Journal(
+            options, fallbacks=Counter(backends.fallbacks), served=Counter(backends.served)
+        )
         journal.handles = [] if backend == "auto" else _force(model, backend)
         model.__dict__[JOURNAL] = journal
     journal.layers = layers

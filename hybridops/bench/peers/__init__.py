@@ -26,15 +26,20 @@ PEERS: dict[str, str | ModuleType] = {
     "cudnn": "cudnn",
     "ours-triton": "forced.TRITON",
     "ours-cuda": "forced.CUDA",
+    "ours-graph": "ours.GRAPH",
+    "ours-compile": "ours.COMPILE",
     "channels_last": "channels_last",
     "autocast": "autocast",
     "eager-mkl512": "mkl512",
     "compile": "compile_default",
     "compile-freezing": "compile_freezing",
     "compile-max": "compile_max",
+    "compile-max-graph": "compile_max_graph",
     "onnxruntime": "onnx_runtime",
     "openvino": "open_vino",
 }
+
+ON_CPU = ("eager-mkl512", "onnxruntime", "openvino")  # they know no other device
 
 
 def register(name: str, module: ModuleType) -> None:
@@ -66,4 +71,6 @@ def build(name: str, task: Task) -> Candidate:
     """The candidate that peer makes of the task. Raises Skip with the reason where it cannot."""
     if line := absent(name):
         raise Skip(f"not installed: {line}")
+    if name in ON_CPU and task.on_gpu:
+        raise Skip("on a CPU only")
     return peer(name).build(task)

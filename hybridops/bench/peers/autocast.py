@@ -23,7 +23,7 @@ def build(task: Task) -> Candidate:
 
     @contextmanager
     def world() -> Iterator[None]:
-        with task.world(), torch.autocast("cpu", task.torch_dtype):
+        with task.world(), torch.autocast(task.inputs[0].device.type, task.torch_dtype):
             yield
 
     return task.candidate("autocast", task.module, call=call, world=world, inputs=task.inputs)

@@ -15,10 +15,9 @@ INSTALL = None
 
 
 def build(task: Task) -> Candidate:
-    on_gpu = any(x.is_cuda for x in task.inputs)
     if task.kind == "op" and task.name not in ("conv_stem", "patch_embed", "peg"):
         raise Skip("only where there is a convolution")
-    if not (on_gpu or task.rehearsal):
+    if not (task.on_gpu or task.rehearsal):
         raise Skip("only on a GPU")
     module = task.cast_module()
     module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

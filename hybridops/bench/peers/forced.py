@@ -1,19 +1,18 @@
-"""Our own op through one of its back ends, beside the one that the table chooses."""
+"""Ours, an op or a model, through one back end, beside the one that the table chooses."""
 
 from __future__ import annotations
 
 from functools import partial
 from types import SimpleNamespace
 
-from ..task import Candidate, Skip, Task
+from ..task import Candidate, Task
 
 
 def _build(backend: str, task: Task) -> Candidate:
+    from ..model_task import through as through_model
     from ..op_task import through
 
-    if task.kind != "op":
-        raise Skip("only for ops")
-    return through(task, backend)
+    return (through_model if task.kind == "model" else through)(task, backend)
 
 
 def _peer(backend: str) -> SimpleNamespace:
