@@ -125,14 +125,13 @@ SLICED = [
 ]
 
 
-@pytest.mark.parametrize("programs", [1, 1000])
 @pytest.mark.parametrize("case", SLICED, ids=str)
-def test_sums_over_rows_do_not_depend_on_how_they_are_cut(case, programs, monkeypatch):
-    """From one slice to as many as there are blocks of rows, the last of them shorter."""
+def test_sums_over_rows_cut_into_many_slices(case, monkeypatch):
+    """As many as there are blocks of rows, the last of them shorter."""
     from hybridops.kernels import gradient, tuned
 
     monkeypatch.setattr(gradient, "SHORTEST", 1)
-    monkeypatch.setattr(tuned, "TARGET_PROGRAMS", programs)
+    monkeypatch.setattr(tuned, "TARGET_PROGRAMS", 1000)
     check.outputs_and_gradients(case, torch.float32, "triton")
     check.outputs_and_gradients(case, torch.bfloat16, "triton", grad_layout="sliced")
 
