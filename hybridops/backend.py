@@ -37,6 +37,8 @@ OLDEST_GPU = 80  # compute capability 8.0: bf16, cp.async and mma.sync as our ke
 class Row(NamedTuple):
     """`kernel` serves calls whose size is at most `largest`, on architectures from `arch` on.
 
+    A kernel is "triton", "cuda", or "torch": torch's own product, on purpose.
+
     Beyond `largest` it still serves where no other row does; beyond `limit` it cannot.
     """
 
@@ -49,7 +51,8 @@ class Row(NamedTuple):
 # Which kernel serves an op on a GPU: the first row that fits. The sizes are keys (attention), rows
 # (linear), K (peg) and otherwise 0. Chosen by arithmetic: no GPU has measured them yet. A tile of
 # 128 x 128 wastes 1.7x of its products at 197 tokens and 6.8x at 49, so up to about 320 keys
-# CUDA C++, which holds whole heads, goes first.
+# CUDA C++, which holds whole heads, goes first. Gradients that are plain products are torch's
+# (cuBLAS, cuDNN); docs/gpu.md has the arithmetic for the closest of them, an image's convolution.
 GPU: dict[str, tuple[Row, ...]] = {
     "attention": (Row("cuda", largest=320), Row("triton")),
     "attention_backward": (Row("cuda", largest=320), Row("triton")),
@@ -58,6 +61,8 @@ GPU: dict[str, tuple[Row, ...]] = {
     "conv_stem": (Row("triton"), Row("cuda")),
     "patch_embed": (Row("triton"), Row("cuda")),
     "linear": (Row("triton"), Row("cuda")),
+    "linear_backward": (Row("torch"), Row("triton"), Row("cuda")),
+    "conv_backward": (Row("torch"), Row("triton"), Row("cuda")),
 }
 
 
@@ -189,7 +194,7 @@ def _architecture(index: int) -> int:
 def _has_kernel(op: str, name: str) -> bool:
     if name == "triton":
         return _NO_TRITON is None
-    return op in CUDA_OPS
+    return name == "torch" or op in CUDA_OPS
 
 
 def _why_no_kernel(*names: str) -> str:
@@ -200,9 +205,9 @@ def _why_no_kernel(*names: str) -> str:
 def which(op: str, x: Tensor, unserved: str | None = None, size: float = 0) -> str:
     """The backend for `op` on tensors like `x`, or "reference" (counted in `fallbacks`).
 
-    "cpu", "triton", "cuda" or "reference". `unserved` is the op's own reason for which no kernel
-    can take this call, if any; `size` is what the table `GPU` compares (a door, which only asks
-    whether any kernel serves, leaves it out where no row has a limit).
+    "cpu", "triton", "cuda", "torch" or "reference". `unserved` is the op's own reason for which no
+    kernel can take this call, if any; `size` is what the table `GPU` compares (a door, which only
+    asks whether any kernel serves, leaves it out where no row has a limit).
     Raises BackendUnavailable when `use()` forces a backend that cannot serve.
     """
     if _forced == "reference" or _exports_to_onnx():
@@ -256,11 +261,6 @@ below_autograd = torch._C._AutoDispatchBelowAutograd
 def reference_forced() -> bool:
     """True inside `use("reference")`: modules then run child by child, as plain torch would."""
     return _forced == "reference"
-
-
-def cuda_forced() -> bool:
-    """True inside `use("cuda")`: gradients that torch's own products serve then take ours."""
-    return _forced == "cuda"
 
 
 @contextmanager

@@ -4,8 +4,8 @@
 
 One kernel serves every layer of a stem (norm folded by the caller, activation in the epilogue) and
 patch embedding, whose position embedding and LayerNorm are further epilogues of it. Between layers
-the tokens (B, H*W, C) are read as the channels_last image they are. Backward is torch's own
-convolution_backward (cuDNN).
+the tokens (B, H*W, C) are read as the channels_last image they are. The gradients are in
+conv_backward.py.
 """
 
 import triton
@@ -13,6 +13,7 @@ import triton.language as tl
 
 from . import tuned
 from .activation import activate
+from .window import corners, look, on_image, taps
 
 
 @triton.jit
@@ -25,19 +26,12 @@ def _conv_kernel(
     pos_ptr,
     y_ptr,
     image_stride,
-    Ci,
-    H,
-    W,
-    Wo,
+    sight,
     M,
-    cells,
     Co,
     K,
     y_stride_b,
     pos_stride,
-    stride,
-    top,
-    left,
     eps,
     KH: tl.constexpr,
     KW: tl.constexpr,
@@ -50,33 +44,23 @@ def _conv_kernel(
 ):
     """BLOCK_M cells of all images, BLOCK_N output channels. With a norm, BLOCK_N covers them all.
 
-    The weight is (Co, K) with K in the order (Ci, KH, KW), or (KH, KW, Ci) where the image's
-    channels lie together.
+    The weight is (Co, K) with K in the order of the window's taps.
     """
     n_blocks = tl.cdiv(Co, BLOCK_N)
     rows = (tl.program_id(0) // n_blocks).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = tl.program_id(0) % n_blocks * BLOCK_N + tl.arange(0, BLOCK_N)
-    b, cell = rows // cells, rows % cells
-    h0 = (cell // Wo).to(tl.int32) * stride - top
-    w0 = (cell % Wo).to(tl.int32) * stride - left
+    b, cell, h, w, corner = corners(rows, image_stride, sight)
     exists = rows < M
-    base = image_ptr + b * image_stride[0]
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for start in range(0, K, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
-        if CHANNELS_FIRST:
-            j, i, ci = k % KW, k // KW % KH, k // (KW * KH)
-        else:
-            ci, j, i = k % Ci, k // Ci % KW, k // (Ci * KW)
-        h, w = h0[:, None] + i[None, :], w0[:, None] + j[None, :]
-        on_image = exists[:, None] & (k[None, :] < K) & (h >= 0) & (h < H) & (w >= 0) & (w < W)
-        at = h.to(tl.int64) * image_stride[2] + w.to(tl.int64) * image_stride[3]
-        at += ci[None, :].to(tl.int64) * image_stride[1]
-        x = tl.load(base[:, None] + at, on_image, 0)
+        i, j, tap = taps(k, image_stride, sight, KH, KW, CHANNELS_FIRST)
+        seen = exists[:, None] & (k[None, :] < K) & on_image(h, w, i, j, sight)
+        x = tl.load(image_ptr + (corner[:, None] + tap[None, :]), seen, 0)
         w_inside = (cols[:, None] < Co) & (k[None, :] < K)
         w_at = cols[:, None].to(tl.int64) * K + k[None, :]
-        taps = tl.load(weight_ptr + w_at, w_inside, 0.0)
-        acc = tl.dot(x.to(taps.dtype), tl.trans(taps), acc, input_precision=PRECISION)
+        weight = tl.load(weight_ptr + w_at, w_inside, 0.0)
+        acc = tl.dot(x.to(weight.dtype), tl.trans(weight), acc, input_precision=PRECISION)
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + cols, cols < Co, 0.0).to(tl.float32)[None, :]
     y = activate(acc, ACTIVATION)
@@ -105,14 +89,12 @@ def conv(image, weight, bias, stride, padding, activation, y, norm=(None, None, 
     image any strides, float or uint8; pos (Ho*Wo, Co) or None; norm (weight, bias, eps) for at
     most LARGEST_NORM channels.
     """
-    (_, Ci, H, W), (Co, _, KH, KW) = image.shape, weight.shape
-    top, left, bottom, right = padding
-    Wo = (W + left + right - KW) // stride + 1
+    Co, Ci, KH, KW = weight.shape
     if y.numel() == 0:
         return y
     M, K = y.shape[0] * y.shape[1], Ci * KH * KW
-    channels_first = image.stride(1) != 1
-    taps = weight if channels_first else weight.permute(0, 2, 3, 1)
+    sight, _, channels_first = look(image, weight, stride, padding)
+    rows = weight if channels_first else weight.permute(0, 2, 3, 1)
     vectors = [None if t is None else t.contiguous() for t in (bias, *norm[:2])]
     entry = tuned.config("conv_forward", weight, Co)
     blocks = {
@@ -126,24 +108,17 @@ def conv(image, weight, bias, stride, padding, activation, y, norm=(None, None, 
     grid = (triton.cdiv(M, blocks["BLOCK_M"]) * triton.cdiv(Co, blocks["BLOCK_N"]),)
     _conv_kernel[grid](
         image,
-        taps.contiguous(),
+        rows.contiguous(),
         *vectors,
         pos,
         y,
         image.stride(),
-        Ci,
-        H,
-        W,
-        Wo,
+        sight,
         M,
-        y.shape[1],
         Co,
         K,
         y.stride(0),
         (0, 0) if pos is None else pos.stride(),
-        stride,
-        top,
-        left,
         norm[2],
         KH=KH,
         KW=KW,

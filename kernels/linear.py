@@ -2,7 +2,7 @@
 
 A LayerNorm in front costs no pass of its own: every program takes mean and variance of its rows
 (two passes over values that its products then find in L2) and normalises while it loads.
-Backward is two plain products and a sum, which nothing does better than torch's own (cuBLAS).
+Backward is the same product again for dx, and gradient.py's sums over rows for the rest.
 """
 
 import triton
@@ -10,6 +10,7 @@ import triton.language as tl
 
 from . import tuned
 from .activation import activate
+from .gradient import weight_gradient
 
 
 @triton.jit
@@ -90,17 +91,10 @@ def _forward_kernel(
     tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), inside)
 
 
-def forward(x, weight, bias, packed, norm_weight, norm_bias, eps, residual, activation):
-    """y (..., N), contiguous. packed is the CPU's and stays unread."""
-    N, K = weight.shape
-    y = x.new_empty((*x.shape[:-1], N))
-    if y.numel() == 0:
-        return y
-    M = y.numel() // N
-    rows = x.reshape(M, K)
-    more = None if residual is None else residual.reshape(M, N)
-    vectors = [None if t is None else t.contiguous() for t in (bias, norm_weight, norm_bias)]
-    entry = tuned.config("linear_forward", x, N)
+def _product(kernel, rows, weight, y, vectors=(None,) * 3, eps=0.0, residual=None, activation=0):
+    """y (M, N) by the table's entry of `kernel`; rows (M, K) and weight (N, K) have any strides."""
+    (M, K), N = rows.shape, weight.shape[0]
+    entry = tuned.config(kernel, rows, N)
     blocks = {
         "BLOCK_M": min(entry.pop("BLOCK_M"), max(16, triton.next_power_of_2(M))),
         "BLOCK_N": min(entry.pop("BLOCK_N"), max(16, triton.next_power_of_2(N))),
@@ -111,19 +105,42 @@ def forward(x, weight, bias, packed, norm_weight, norm_bias, eps, residual, acti
         rows,
         weight,
         *vectors,
-        more,
+        residual,
         y,
         rows.stride(),
         weight.stride(),
-        (0, 0) if more is None else more.stride(),
+        (0, 0) if residual is None else residual.stride(),
         M,
         N,
         K,
         eps,
         ACTIVATION=activation,
-        PRECISION=tuned.precision(x),
+        PRECISION=tuned.precision(rows),
         GROUP=8,
         **blocks,
         **entry,
     )
+
+
+def forward(x, weight, bias, packed, norm_weight, norm_bias, eps, residual, activation):
+    """y (..., N), contiguous. packed is the CPU's and stays unread."""
+    N, K = weight.shape
+    y = x.new_empty((*x.shape[:-1], N))
+    if y.numel() == 0:
+        return y
+    M = y.numel() // N
+    more = None if residual is None else residual.reshape(M, N)
+    vectors = [None if t is None else t.contiguous() for t in (bias, norm_weight, norm_bias)]
+    _product("linear_forward", x.reshape(M, K), weight, y, vectors, eps, more, activation)
     return y
+
+
+def backward(dy, x, weight):
+    """(dx, dweight, dbias), contiguous."""
+    N, K = weight.shape
+    M = x.shape[:-1].numel()
+    dy, rows, dx = dy.reshape(M, N), x.reshape(M, K), x.new_empty(x.shape)
+    if dx.numel():
+        _product("linear_dx", dy, weight.t(), dx)
+    strides = (dy.stride(0), 0, dy.stride(1))
+    return dx, *weight_gradient("linear_dweight", dy, rows, weight, strides, M)

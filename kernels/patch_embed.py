@@ -3,8 +3,8 @@
     tokens = [prefix, norm(conv(image) + bias)] + pos_embed
 
 Bias, LayerNorm (up to 256 channels; wider ones take a second pass over the rows) and position
-embedding are the convolution's epilogue. Its gradient is that of the convolution (kernels/
-conv_stem.py) and of torch's LayerNorm.
+embedding are the convolution's epilogue. Its gradient is that of the convolution
+(conv_backward.py) and of torch's LayerNorm.
 """
 
 import triton

@@ -8,6 +8,8 @@ y64 and torch's own result are the reference, in float64 and in the dtype of the
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor
 
@@ -20,14 +22,17 @@ GRAD_LAYOUTS = ("contiguous", "transposed", "sliced", "expanded", "offset")
 def run(
     case: Case, inputs: Inputs, backend: str, dy: Tensor | None = None
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The output of case.call, and the gradient of every floating-point input where dy is given."""
+    """The output of case.call, and the gradient of every floating-point input where dy is given.
+
+    backend "auto" forces none.
+    """
     leaves, differentiable = {}, []
     for name, value in inputs.items():
         leaves[name] = value
         if dy is not None and value.is_floating_point():
             leaves[name] = value.detach().requires_grad_()
             differentiable.append(name)
-    with hybridops.use(backend):
+    with nullcontext() if backend == "auto" else hybridops.use(backend):
         y = case.call(leaves)
         if dy is None:
             return y, {}

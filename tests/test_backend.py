@@ -155,6 +155,15 @@ def test_the_table_chooses_between_triton_and_cuda_by_size(gpu):
         assert backend.which("attention", OnGPU(), size=49) == "triton"
 
 
+def test_the_table_chooses_torchs_products_for_gradients_unless_one_is_forced(gpu):
+    gpu(90, "triton", "cuda", "torch")
+    for op in ("linear_backward", "conv_backward"):
+        assert backend.which(op, OnGPU()) == "torch"
+        for name in ("triton", "cuda"):
+            with hybridops.use(name):
+                assert backend.which(op, OnGPU()) == name
+
+
 def test_rows_of_newer_architectures_do_not_serve_older_ones(gpu, monkeypatch):
     rows = (backend.Row("cuda", arch=90), backend.Row("triton"))
     monkeypatch.setitem(backend.GPU, "peg", rows)
@@ -200,9 +209,8 @@ def test_ops_without_a_cuda_kernel_are_never_sent_there(monkeypatch):
 
 
 @pytest.mark.parametrize("op", ["linear_backward", "conv_backward"])
-def test_gradients_by_torch_need_no_triton_and_no_choice(op):
-    """They run under use("cuda") and use("triton"), and where neither is there."""
-    assert op not in backend.GPU
+def test_gradients_by_torch_need_neither_triton_nor_the_cuda_library(op):
+    assert backend.Row("torch") in backend.GPU[op]
     dy, x = torch.randn(3, 2), torch.randn(3, 5)
     if op == "linear_backward":
         arguments = (dy, x, torch.randn(2, 5))
@@ -217,17 +225,17 @@ def test_gradients_by_torch_need_no_triton_and_no_choice(op):
         torch.testing.assert_close(a, b)
 
 
-def test_gradients_by_torch_take_the_cuda_kernel_where_it_is_forced(gpu, monkeypatch):
-    gpu(80, "cuda")
-    monkeypatch.setattr(backend, "CUDA_OPS", {"linear_backward"})
+def test_gradients_run_where_they_are_sent_and_are_counted_there(monkeypatch):
     arguments = torch.randn(3, 2), torch.randn(3, 5), torch.randn(2, 5)
     before = backend.served.copy()
-    with hybridops.use("cuda"), suppress(NotImplementedError):  # for CPU tensors there is none
-        ON_GPU["linear_backward"](*arguments)
-    ON_GPU["linear_backward"](*arguments)
+    for name in ("cuda", "triton", "torch", "reference"):
+        monkeypatch.setattr(backend, "which", lambda op, x, size, name=name: name)
+        with suppress(NotImplementedError, AttributeError, RuntimeError):  # not for CPU tensors
+            ON_GPU["linear_backward"](*arguments)
     assert backend.served - before == {
         ("linear_backward", "cuda"): 1,
-        ("linear_backward", "cuBLAS"): 1,
+        ("linear_backward", "triton"): 1,
+        ("linear_backward", "cuBLAS"): 2,
     }
 
 

@@ -31,6 +31,8 @@ REPEATED = {
     "patch_embed": "patch_embed-pos_all",
     "conv_stem": "conv_stem-odd_channels",
 }
+GRADIENT = {op: f"{op}_backward" for op in CASES}
+GRADIENT |= {"patch_embed": "conv_backward", "conv_stem": "conv_backward"}
 
 
 def skip_unless_served(case, dtype, backend_name: str) -> None:
@@ -62,7 +64,17 @@ def on_device(inputs, device):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_matches(case, dtype, gpu_backend, nan_filled, torchs_fp32):
     skip_unless_served(case, dtype, gpu_backend)
+    before = backend.served[GRADIENT[case.op], gpu_backend]
     check.outputs_and_gradients(case, dtype, gpu_backend, device="cuda")
+    assert backend.served[GRADIENT[case.op], gpu_backend] > before, "its gradient was another's"
+
+
+@on_gpu
+@pytest.mark.parametrize("case", [case for op in CASES for case in CASES[op][:4]], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_what_the_table_chooses_matches(case, dtype, nan_filled, torchs_fp32):
+    """Nothing forced: forward and backward may be served by different kernels, or by torch."""
+    check.outputs_and_gradients(case, dtype, "auto", device="cuda")
 
 
 @on_gpu

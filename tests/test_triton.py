@@ -13,10 +13,11 @@ import check
 import interpreter
 import pytest
 import torch
-from cases import CASES, Attention, PatchEmbed, Peg, all_cases, find
+from cases import CASES, Attention, Conv, ConvStem, Linear, PatchEmbed, Peg, all_cases, find
 
 import hybridops
 from hybridops import BackendUnavailable, backend, ops
+from hybridops.bench.case import lay_out
 
 pytest.importorskip("triton", reason="Triton is not installed")
 pytestmark = [
@@ -25,6 +26,8 @@ pytestmark = [
 ]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SMALL, LARGEST = 6_000, 600_000
+GRADIENT = {op: f"{op}_backward" for op in CASES}
+GRADIENT |= {"patch_embed": "conv_backward", "conv_stem": "conv_backward"}
 
 
 @pytest.fixture(scope="module")
@@ -62,9 +65,12 @@ def cases_and_dtypes():
 
 @pytest.mark.parametrize(("case", "dtype"), cases_and_dtypes())
 def test_matches(case, dtype):
-    before = backend.served[case.op, "triton"]
+    ran = [(case.op, "triton"), (GRADIENT[case.op], "triton")]
+    before = [backend.served[op] for op in ran]
     check.outputs_and_gradients(case, dtype, "triton")
-    assert backend.served[case.op, "triton"] > before, "something else served this case"
+    assert all(backend.served[op] > n for op, n in zip(ran, before, strict=True)), (
+        "something else served this case"
+    )
 
 
 LAYOUTS = {
@@ -110,6 +116,72 @@ def test_gradient_of_the_bias_does_not_depend_on_how_it_is_cut(bias, monkeypatch
     for programs in (1, 1000):
         monkeypatch.setattr(tuned, "TARGET_PROGRAMS", programs)
         check.outputs_and_gradients(case, torch.float32, "triton")
+
+
+SLICED = [
+    Linear("sliced", M=(3, 50), N=37, K=130),
+    ConvStem("sliced", H=12, W=11, layers=(Conv(5, 3, 1), Conv(9, 2, 2, 1))),
+    PatchEmbed("sliced", H=36, W=33, C=5, kernel=(3, 3), prefix=1),
+]
+
+
+@pytest.mark.parametrize("case", SLICED, ids=str)
+def test_sums_over_rows_cut_into_many_slices(case, monkeypatch):
+    """As many as there are blocks of rows, the last of them shorter."""
+    from hybridops.kernels import gradient, tuned
+
+    monkeypatch.setattr(gradient, "SHORTEST", 1)
+    monkeypatch.setattr(tuned, "TARGET_PROGRAMS", 1000)
+    check.outputs_and_gradients(case, torch.float32, "triton")
+    check.outputs_and_gradients(case, torch.bfloat16, "triton", grad_layout="sliced")
+
+
+STRIDED = [  # (image, weight, stride, padding): kinds of pixels without a tap, with one, with more
+    ((2, 3, 9, 8), (5, 3, 2, 3), 4, (0, 0, 0, 0)),
+    ((2, 3, 8, 8), (5, 3, 4, 2), 2, (0, 1, 2, 1)),
+    ((1, 4, 7, 9), (6, 4, 5, 3), 3, (3, 0, 1, 2)),
+    ((1, 2, 5, 5), (3, 2, 2, 2), 1000, (1, 0, 1, 0)),
+]
+
+
+@pytest.mark.parametrize(("image", "weight", "stride", "padding"), STRIDED)
+def test_the_gradients_of_a_convolution(image, weight, stride, padding):
+    """dz as it comes, expanded too, gives the bits of its contiguous copy, and those are right."""
+    from hybridops.ops import _by_torch
+
+    top, left, bottom, right = padding
+    cells = (image[2] + top + bottom - weight[2]) // stride + 1
+    cells *= (image[3] + left + right - weight[3]) // stride + 1
+    x, taps = torch.randn(image, dtype=torch.float64), torch.randn(weight, dtype=torch.float64)
+    dz = torch.randn(image[0], cells, weight[0], dtype=torch.float64)
+    single = [t.float() for t in (dz, x, taps)]
+    wide = [t.double() for t in single]
+    with hybridops.use("triton"):
+        ours = torch.ops.hybridops.conv_backward(*single, stride, padding, True)
+        for layout in check.GRAD_LAYOUTS[1:]:
+            given = single[0][:, :1, :1] if layout == "expanded" else single[0]
+            given = given.expand(dz.shape) if layout == "expanded" else lay_out(given, layout)
+            found, same = (
+                torch.ops.hybridops.conv_backward(t, *single[1:], stride, padding, True)
+                for t in (given, given.contiguous())
+            )
+            assert all(check.same_bits(a, b) for a, b in zip(found, same, strict=True))
+    torchs = _by_torch.conv_backward(*single, stride, padding, True)
+    right_ones = _by_torch.conv_backward(*wide, stride, padding, True)
+    for name, *three in zip(("image", "weight", "bias"), ours, torchs, right_ones, strict=True):
+        check.accurate(*three, f"gradient of {name}", factor=3)
+
+
+@pytest.mark.parametrize("layout", check.GRAD_LAYOUTS[1:])
+def test_the_gradients_of_a_product_take_any_strides(layout):
+    def laid_out(t):
+        return t[:1].expand(t.shape) if layout == "expanded" else lay_out(t, layout)
+
+    given = [laid_out(torch.randn(shape)) for shape in ((3, 7, 33), (3, 7, 20), (33, 20))]
+    with hybridops.use("triton"):
+        found = torch.ops.hybridops.linear_backward(*given)
+        same = torch.ops.hybridops.linear_backward(*(t.contiguous() for t in given))
+    assert all(check.same_bits(a, b) for a, b in zip(found, same, strict=True))
 
 
 @pytest.mark.parametrize("queries", [4, 40], ids=["keys split", "keys whole"])

@@ -1,4 +1,4 @@
-"""Gradients that torch's own products serve on a GPU: no kernel of ours is needed for these."""
+"""Gradients by torch's own products, where `backend.GPU` names "torch"."""
 
 from __future__ import annotations
 

@@ -50,20 +50,31 @@ def define(name: str, signature: str) -> None:
         one.define(name + signature)
 
 
-def on_gpu(name: str, kernel: str, key: Callable[..., tuple[Tensor, float]]) -> None:
+def on_gpu(
+    name: str,
+    kernel: str,
+    key: Callable[..., tuple[Tensor, float]],
+    torchs: tuple[str, Callable] | None = None,
+) -> None:
     """Registers what serves hybridops::name on a GPU.
 
     `kernel` is the Triton one, "file.function" in hybridops.kernels, imported by the first call.
     key(*args) gives a tensor that speaks for the call, and the size that `backend.GPU` compares.
+    torchs: whose product stands for "torch" in that table, as `backend.served` names it, and the
+    function that calls it.
     """
     twin = _cuda_twin(name)
     module, function = kernel.split(".")
 
     def serve(*args):
         x, size = key(*args)
-        if backend.which(name, x, size=size) == "cuda":
+        chosen = backend.which(name, x, size=size)
+        if chosen == "cuda":
             backend.served[name, "cuda"] += 1
             return twin(*args)
+        if torchs is not None and chosen != "triton":
+            backend.served[name, torchs[0]] += 1
+            return torchs[1](*args)
         backend.served[name, "triton"] += 1
         with torch.cuda.device_of(x):  # Triton launches on the current device
             return getattr(importlib.import_module(f"hybridops.kernels.{module}"), function)(*args)
@@ -77,24 +88,6 @@ def _cuda_twin(name: str) -> Callable:
     if torch._C._dispatch_has_kernel_for_dispatch_key(f"hybridops_cuda::{name}", "CUDA"):
         backend.CUDA_OPS.add(name)
     return getattr(torch.ops.hybridops_cuda, name).default
-
-
-def on_gpu_by_torch(name: str, function: Callable, counted: str) -> None:
-    """torch's own product serves hybridops::name on a GPU, on purpose; `counted` names it.
-
-    The CUDA library's own serves inside `use("cuda")`, where it has one.
-    """
-    twin = _cuda_twin(name)
-
-    def serve(*args):
-        if backend.cuda_forced() and name in backend.CUDA_OPS:
-            backend.served[name, "cuda"] += 1
-            return twin(*args)
-        backend.served[name, counted] += 1
-        return function(*args)
-
-    library.impl(name, serve, "CUDA")
-    ON_GPU[name] = serve
 
 
 def differentiable_once(backward: str) -> None:

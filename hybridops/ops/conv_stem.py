@@ -37,7 +37,6 @@ from ._contract import (
     is_autocast_on,
     library,
     on_gpu,
-    on_gpu_by_torch,
 )
 from .linear import pack_linear
 
@@ -171,7 +170,12 @@ def _(dz, image, weight, stride, padding, needs_dimage):
 
 
 on_gpu("conv_stem", "conv_stem.forward", lambda image, weights, *_: (weights[0], 0))
-on_gpu_by_torch("conv_backward", _by_torch.conv_backward, "cuDNN")
+on_gpu(
+    "conv_backward",
+    "conv_backward.backward",
+    lambda dz, image, weight, *_: (weight, 0),
+    torchs=("cuDNN", _by_torch.conv_backward),
+)
 
 
 # gradient: intermediates are recomputed layer by layer; the convolutions run in the kernel

@@ -106,9 +106,7 @@ def _gradient(ctx, dy):
             dz.contiguous(), t, t.shape[-1:], mean, rstd, norm_weight, norm_bias, mask
         )
     needs_dimage = ctx.needs_input_grad[0]
-    dimage, dweight, dbias = conv_backward(
-        dz.contiguous(), image, weight, ctx.stride, ctx.padding, needs_dimage
-    )
+    dimage, dweight, dbias = conv_backward(dz, image, weight, ctx.stride, ctx.padding, needs_dimage)
     return (
         dimage.permute(0, 3, 1, 2) if needs_dimage else None,
         dweight,

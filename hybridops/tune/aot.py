@@ -36,6 +36,7 @@ from triton.runtime.jit import JITFunction
 from ..kernels import (
     attention,
     attention_backward,
+    conv_backward,
     conv_stem,
     linear,
     patch_embed,
@@ -90,7 +91,9 @@ def product(N, dtype=HALF, norm=False):
     x, weight, vector = (meta(*s, dtype=dtype) for s in ((8, 196, 384), (N, 384), (384,)))
     residual = None if norm else meta(8, 196, N, dtype=dtype)
     gain = vector if norm else None
-    linear.forward(x, weight, meta(N, dtype=dtype), None, gain, gain, 1e-6, residual, 2 * norm)
+    vectors = (meta(N, dtype=dtype), None, gain, gain)
+    dy = linear.forward(x, weight, *vectors, 1e-6, residual, 2 * norm)
+    linear.backward(dy, x, weight)
 
 
 def stem(channels, dtype=HALF):
@@ -101,6 +104,12 @@ def stem(channels, dtype=HALF):
     L = len(channels)
     biases = [meta(Co, dtype=dtype) for Co in channels]
     conv_stem.forward(image, weights, biases, [], [2] * L, [1] * 4 * L, [5] * L, [3, 2, 1, 1, 1, 1])
+    size = 224
+    for i, weight in enumerate(weights):
+        size //= 2
+        dz = meta(8, size * size, weight.shape[0], dtype=dtype)
+        conv_backward.backward(dz, image, weight, 2, [1] * 4, i > 0)
+        image = dz.unflatten(1, (size, size)).permute(0, 3, 1, 2)
 
 
 def patches(C, dtype=HALF):
@@ -109,6 +118,7 @@ def patches(C, dtype=HALF):
     prefix = meta(1, C, dtype=dtype)
     padding = [0] * 4
     patch_embed.forward(image, weight, bias, None, bias, bias, 1e-6, pos, prefix, 16, padding)
+    conv_backward.backward(meta(8, 196, C, dtype=dtype), image, weight, 16, padding, True)
 
 
 def resources(kernel) -> dict[str, int]:
