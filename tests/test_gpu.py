@@ -19,7 +19,7 @@ from cases import CASES, all_cases, find
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import hybridops
-from hybridops import BackendUnavailable, ops
+from hybridops import BackendUnavailable, backend, ops
 
 HAS_GPU = torch.cuda.is_available()
 on_gpu = pytest.mark.skipif(not HAS_GPU, reason="torch sees no GPU")
