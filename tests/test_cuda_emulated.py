@@ -156,3 +156,14 @@ def test_two_layers_in_one_launch_give_the_bits_of_two(shape, pair, dtype):
     apart = ops.conv_stem(between, layers[1:])
     same = check.same_bits(ops.conv_stem(t["image"], layers), apart)
     assert same, "other bits in one launch"
+
+
+def test_a_stride_beyond_the_image_costs_no_more_than_the_image():
+    """Once one step per kind of pixel, stride^2 of them: for this one the age of the universe."""
+    image = torch.randn(1, 3, 5, 4, requires_grad=True)
+    weight = torch.randn(8, 3, 2, 2)
+    y = ops.patch_embed(image, weight, stride=10**9)
+    y.sum().backward()
+    expected = torch.zeros(1, 3, 5, 4)
+    expected[:, :, :2, :2] = weight.sum(0)
+    torch.testing.assert_close(image.grad, expected)

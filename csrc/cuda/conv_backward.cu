@@ -39,8 +39,11 @@ void image_gradient(const Device& device, const Tensor& dz, const Tensor& weight
                     const Image& image, const Sight& sight, Tensor& dimage, const char* op) {
   const Image from = image_of_tokens(dz, sight.Ho, sight.Wo);
   const int64_t S = sight.stride, C = image.C, stride_h = image.W * C;
-  for (int64_t i = 0; i < S; ++i)
-    for (int64_t j = 0; j < S; ++j) {
+  // Taps beyond image and padding meet no pixel: a stride of any size costs no more than the image.
+  const int64_t tap_rows = std::min(S, image.H + sight.padding.top),
+                tap_columns = std::min(S, image.W + sight.padding.left);
+  for (int64_t i = 0; i < tap_rows; ++i)
+    for (int64_t j = 0; j < tap_columns; ++j) {
       const Kind rows = kind_of(i, S, sight.padding.top, image.H),
                  columns = kind_of(j, S, sight.padding.left, image.W);
       if (rows.count == 0 || columns.count == 0) continue;

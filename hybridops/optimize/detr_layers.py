@@ -198,7 +198,9 @@ class Layer(Fast):
 
     @classmethod
     def facts(cls, module):
-        return activation_name(cls._holder(module).activation_fn)
+        """The activation's name; None where the perceptron is left to torch."""
+        holder = cls._holder(module)
+        return None if not_perceptron(holder) else activation_name(holder.activation_fn)
 
     @classmethod
     def bypassed(cls, module):
@@ -213,7 +215,7 @@ class Layer(Fast):
         holder = self._holder(self)
         if self.norm_in_front and not one_dtype((holder.fc1.weight, self.final_layer_norm.weight)):
             return None
-        fused = not_perceptron(holder) is None
+        fused = self._hybridops_plan.facts is not None
         mlp = (scaled(holder.fc1), scaled(holder.fc2)) if fused else None
         return *self.projected(), mlp
 
@@ -238,7 +240,8 @@ class Layer(Fast):
         norm = self.final_layer_norm
         if mlp is None:
             h = norm(x) if self.norm_in_front else x
-            y = x + self.fc2(self.activation_fn(self.fc1(h)))
+            holder = self._holder(self)
+            y = x + holder.fc2(holder.activation_fn(holder.fc1(h)))
         else:
             fused = norm_of(norm) if self.norm_in_front else None
             activation = self._hybridops_plan.facts
