@@ -218,7 +218,7 @@ def test_copies_and_pickles(timm, name):
 
 
 def change_by_step(model, x):
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     model.train()
     model(x).square().mean().backward()
     optimizer.step()
