@@ -36,13 +36,11 @@ from .model_task import without_dropout
 from .parity_models import MODELS, Small
 
 SAMPLES = 8  # inputs on which a layer that fails is measured
+EACH = 2  # layers of one class that are measured, per model
 _SPACES = {"torch": nn, "nn": hybridops.nn}
 _WITHOUT = {
     "hybridops.nn.block:DropPath": "random while training, the identity otherwise; plain torch both"
 }
-EACH = 2  # layers of one class that are measured, per model
-
-
 _SHAPED = {  # rule -> what stands in place of a path
     f"hybridops.optimize.{shape.rule}": f"{shape.what} {name}"
     for name, shapes in SHAPES.items()

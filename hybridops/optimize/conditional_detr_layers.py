@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from ..ops.layer import Weights
-from .detr_layers import masked_attention
 from .fast import scaled
-from .transformers_block import joined, product
+from .transformers_block import joined, masked_attention, product
 
 OWN = ("q_content_proj", "k_content_proj", "v_proj", "q_pos_proj", "k_pos_proj", "o_proj")
 CROSS = (*OWN, "q_pos_sine_proj")

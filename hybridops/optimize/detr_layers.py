@@ -10,9 +10,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor
 
-from ..hf import key_padding
-from ..nn.attention import split_mask
-from ..ops import attention, mlp_layer
+from ..ops import mlp_layer
 from ..ops.layer import Weights
 from .fast import (
     Fast,
@@ -26,7 +24,7 @@ from .fast import (
     one_dtype,
     scaled,
 )
-from .transformers_block import AttentionRule, joined, product
+from .transformers_block import AttentionRule, joined, masked_attention, product
 
 PARTS = "training keeps the layer as it is; attention and perceptron are served"
 
@@ -75,13 +73,6 @@ def attend(
     q, k, v = (x.unflatten(2, (-1, D)) for x in (q, k, product(v_input, w.v)))
     y = masked_attention(q, k, v, mask, getattr(attn, "scaling", None))
     return product(y, w.o, residual=residual)
-
-
-def masked_attention(q: Any, k: Any, v: Any, mask: Tensor | None, scale: float | None) -> Tensor:
-    """Attention under transformers' mask, True or 0 where it looks: (B, Nq, heads * Dv)."""
-    padding = key_padding(mask)
-    bias = None if padding is not None else split_mask(mask, q)[0]
-    return attention(q, k, v, bias=bias, key_padding_mask=padding, scale=scale).flatten(2)
 
 
 class SelfAttention(AttentionRule):

@@ -267,13 +267,17 @@ _CHANNELS = "channel attention: scores between channels, not tokens"
 _TALKING = "talking heads: products across heads before and behind the softmax"
 _DIFFERENTIAL = "differential attention: the difference of two softmaxes"
 _DEFORMABLE = "deformable attention: a query samples a few points of each map, between its tokens"
-_SAMPLED: tuple[str, ...] = (
+_SAMPLED = (
     "deformable_detr:DeformableDetr",
     "rt_detr:RTDetr",
     "rt_detr_v2:RTDetrV2",
+    "d_fine:DFine",
+    "omdet_turbo:OmDetTurbo",
+    "grounding_dino:GroundingDino",
+    "mm_grounding_dino:MMGroundingDino",
+    "lw_detr:LwDetr",
+    "rf_detr:RfDetr",
 )
-_SAMPLED += ("d_fine:DFine", "omdet_turbo:OmDetTurbo", "grounding_dino:GroundingDino")
-_SAMPLED += ("mm_grounding_dino:MMGroundingDino", "lw_detr:LwDetr", "rf_detr:RfDetr")
 _GROUNDED = tuple(path for path in _SAMPLED if "grounding" in path)
 
 

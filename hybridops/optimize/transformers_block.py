@@ -56,6 +56,13 @@ def product(x: Tensor, w: Weights, **kwargs: Any) -> Tensor:
     return linear(x, w.weight, w.bias, packed=w.packed, **kwargs)
 
 
+def masked_attention(q: Any, k: Any, v: Any, mask: Tensor | None, scale: float | None) -> Tensor:
+    """Attention under transformers' mask, True or 0 where it looks: (B, Nq, heads * Dv)."""
+    padding = key_padding(mask)
+    bias = None if padding is not None else split_mask(mask, q)[0]
+    return attention(q, k, v, bias=bias, key_padding_mask=padding, scale=scale).flatten(2)
+
+
 def dropout_of(attn: Any) -> tuple[float, bool]:
     """The dropout of attention weights: its probability, and whether it is on now."""
     found = next(getattr(attn, name) for name in _DROPOUTS if hasattr(attn, name))
@@ -121,9 +128,7 @@ class SelfAttention(AttentionRule):
         if mask is None and out is not None:
             return attention_layer(x, qkv, out, heads=heads, key_dim=D, scale=scale)
         q, k, v = product(x, qkv).unflatten(2, (3, heads, D)).unbind(2)
-        padding = key_padding(mask)
-        bias = None if padding is not None else split_mask(mask, q)[0]
-        y = attention(q, k, v, bias=bias, key_padding_mask=padding, scale=scale).flatten(2)
+        y = masked_attention(q, k, v, mask, scale)
         return y if out is None else product(y, out)
 
 

@@ -97,7 +97,9 @@ class FastDecoderLayer(Fast, DabDetrDecoderLayer):
 
     @classmethod
     def facts(cls, module):
-        return activation_name(module.mlp.activation_fn)
+        """The activation's name; None where the perceptron is left to torch."""
+        mlp = module.mlp
+        return None if shape.called(mlp) else activation_name(mlp.activation_fn)
 
     def forward(
         self,
@@ -151,7 +153,9 @@ class FastDecoderLayer(Fast, DabDetrDecoderLayer):
 
     def derive(self):
         mlp, weights = self.mlp, None
-        if not shape.called(mlp):  # theirs is PReLU, unless its configuration differs
+        if (
+            self._hybridops_plan.facts is not None
+        ):  # theirs is PReLU, unless its configuration differs
             weights = scaled(mlp.fc1), scaled(mlp.fc2)
         return two.own(*_own(self.self_attn)), two.cross(*_cross(self.cross_attn)), weights
 
