@@ -38,7 +38,8 @@ bench: venv build ## measure both suites and draw their report (10 minutes, on a
 	$(BENCH) run benchmarks/models.toml --timeout 10 --json $(RESULTS)/models.json
 	$(BENCH) report $(RESULTS)/hot_paths.json $(RESULTS)/models.json -o $(RESULTS)/report.html
 
-test: venv build emulated512 cuda-emulated ## build and run all tests, but for wide and test-models
+test: venv ## build and run all tests, but for wide and test-models
+	$(MAKE) --no-print-directory -j 3 build emulated512 cuda-emulated
 	$(BIN)/python -m pytest -n 2 -q -m "not models and not wide" tests
 
 test-models: venv build ## models at their real size against timm's (minutes, 8 GB of memory)

@@ -460,8 +460,7 @@ def test_compiles_whole():
     with torch.no_grad():
         expected = model(images, mask)
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-        for image, m in ((images, mask), (images[:1], mask[:1])):
-            torch.testing.assert_close(compiled(image, m).boxes, expected.boxes[: len(image)])
+        torch.testing.assert_close(compiled(images, mask).boxes, expected.boxes)
 
 
 def test_names():
