@@ -60,7 +60,7 @@ def _forward_kernel(
     bh = (program // m_blocks // SPLITS).to(tl.int64)
     b, h = bh // H, bh % H
     rows = indices(program % m_blocks * BLOCK_M, BLOCK_M, WIDE)
-    d, dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
+    d, dv = indices(0, BLOCK_D, WIDE), indices(0, BLOCK_DV, WIDE)
     k_base = head(tensors[0][1], k_stride, b, h)
     v_base = head(tensors[0][2], v_stride, b, h)
     count = live_count(live_ptr, b, Nk, BLOCK_N)
@@ -164,7 +164,7 @@ def forward(q, k, v, bias, bias_index, key_padding_mask, scale, activation):
         SPLITS=splits,
         ACTIVATION=activation,
         PRECISION=tuned.precision(q),
-        WIDE=tuned.is_wide(q, k, v, bias),
+        WIDE=tuned.is_wide(q, k, v, bias, out),
         **blocks,
         **options,
     )

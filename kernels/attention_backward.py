@@ -107,7 +107,7 @@ def _dq_kernel(
     bh = (tl.program_id(0) // m_blocks).to(tl.int64)
     b, h = bh // H, bh % H
     rows = indices(tl.program_id(0) % m_blocks * BLOCK_M, BLOCK_M, WIDE)
-    d, dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
+    d, dv = indices(0, BLOCK_D, WIDE), indices(0, BLOCK_DV, WIDE)
     dy = tile(head(dy_ptr, dy_stride, b, h), rows, Nq, dy_stride, dv, DV)
     out = tile(head(out_ptr, out_stride, b, h), rows, Nq, out_stride, dv, DV)
     delta = tl.sum(dy.to(tl.float32) * out.to(tl.float32), 1)
@@ -159,7 +159,7 @@ def _dkv_kernel(
     bh = (tl.program_id(0) // n_blocks).to(tl.int64)
     b, h = bh // H, bh % H
     cols = indices(tl.program_id(0) % n_blocks * BLOCK_N, BLOCK_N, WIDE)
-    d, e = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
+    d, e = indices(0, BLOCK_D, WIDE), indices(0, BLOCK_DV, WIDE)
     k = tile(head(tensors[0][1], strides[0][1], b, h), cols, Nk, strides[0][1], d, D)
     v = tile(head(tensors[0][2], strides[0][2], b, h), cols, Nk, strides[0][2], e, DV)
     last = _rows_that_look(tensors, strides, b, cols, Nk, Nq)
@@ -227,7 +227,7 @@ def _dbias_kernel(
     part = program // n_tiles // m_tiles // G
     Rh = 1 if KEEP_H else H
     R = (1 if KEEP_B else B) * Rh
-    d, e = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
+    d, e = indices(0, BLOCK_D, WIDE), indices(0, BLOCK_DV, WIDE)
     if KEEP_M:
         m_first, m_last = m_tile * BLOCK_M, m_tile * BLOCK_M + 1
     else:
@@ -279,7 +279,8 @@ def backward(dy, q, k, v, bias, bias_index, key_padding_mask, out, lse, scale, n
     lse = lse.contiguous()
     sums = (lse, torch.empty_like(lse))  # the second is delta
     scales = (scale, scale * LOG2E)
-    fixed = {"PRECISION": tuned.precision(q), "WIDE": tuned.is_wide(dy, q, k, v, bias, out)}
+    wide = tuned.is_wide(dy, q, k, v, bias, out, dq, dk, dv)
+    fixed = {"PRECISION": tuned.precision(q), "WIDE": wide}
     blocks, options = call.blocks("attention_dq")
     _dq_kernel[(triton.cdiv(Nq, blocks["BLOCK_M"]) * B * H,)](
         *call.tensors,

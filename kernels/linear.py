@@ -20,13 +20,13 @@ def _statistics(x_base, rows, M, K, x_row, x_col, eps, BLOCK_K: tl.constexpr):
     sums = tl.zeros([rows.shape[0], BLOCK_K], tl.float32)
     for start in range(0, K, BLOCK_K):
         inside = (rows[:, None] < M) & (start + k[None, :] < K)
-        at = rows[:, None].to(tl.int64) * x_row + (start + k[None, :]) * x_col
+        at = rows[:, None].to(tl.int64) * x_row + (start + k[None, :]).to(tl.int64) * x_col
         sums += tl.load(x_base + at, inside, 0.0).to(tl.float32)
     mean = tl.sum(sums, 1) / K
     squares = tl.zeros([rows.shape[0], BLOCK_K], tl.float32)
     for start in range(0, K, BLOCK_K):
         inside = (rows[:, None] < M) & (start + k[None, :] < K)
-        at = rows[:, None].to(tl.int64) * x_row + (start + k[None, :]) * x_col
+        at = rows[:, None].to(tl.int64) * x_row + (start + k[None, :]).to(tl.int64) * x_col
         off = tl.load(x_base + at, inside, 0.0).to(tl.float32) - mean[:, None]
         squares += tl.where(inside, off * off, 0.0)
     return mean, 1.0 / tl.sqrt(tl.sum(squares, 1) / K + eps)
@@ -70,7 +70,7 @@ def _forward_kernel(
     for start in range(0, K, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
         x_inside = (rows[:, None] < M) & (k[None, :] < K)
-        x = tl.load(x_row + k[None, :] * x_stride[1], x_inside, 0.0)
+        x = tl.load(x_row + k[None, :].to(tl.int64) * x_stride[1], x_inside, 0.0)
         if norm_weight_ptr is not None:
             gain = tl.load(norm_weight_ptr + k, k < K, 0.0).to(tl.float32)
             normed = (x.to(tl.float32) - mean[:, None]) * scale[:, None] * gain[None, :]
@@ -78,14 +78,15 @@ def _forward_kernel(
                 normed += tl.load(norm_bias_ptr + k, k < K, 0.0).to(tl.float32)[None, :]
             x = tl.where(x_inside, normed, 0.0).to(x.dtype)
         w_inside = (cols[:, None] < N) & (k[None, :] < K)
-        w = tl.load(w_row + k[None, :] * weight_stride[1], w_inside, 0.0)
+        w = tl.load(w_row + k[None, :].to(tl.int64) * weight_stride[1], w_inside, 0.0)
         acc = tl.dot(x, tl.trans(w), acc, input_precision=PRECISION)
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + cols, cols < N, 0.0).to(tl.float32)[None, :]
     y = activate(acc, ACTIVATION)
     inside = (rows[:, None] < M) & (cols[None, :] < N)
     if residual_ptr is not None:
-        at = rows[:, None].to(tl.int64) * residual_stride[0] + cols[None, :] * residual_stride[1]
+        at = cols[None, :].to(tl.int64) * residual_stride[1]
+        at += rows[:, None].to(tl.int64) * residual_stride[0]
         y += tl.load(residual_ptr + at, inside, 0.0).to(tl.float32)
     at = rows[:, None].to(tl.int64) * N + cols[None, :]
     tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), inside)

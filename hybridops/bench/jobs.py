@@ -18,9 +18,11 @@ backward together), or how many times as fast as a peer ours shall be:
     target = { fwd = [58, 46], bwd = [193, 154] }
     target = { infer = { eager = [2.5], compile-max-graph = [1.5, 2] } }
 
-Peers named as `later` are compared too, but behind all that the suite asks for otherwise:
+Peers named as `later` are compared too, but behind all that the suite asks for otherwise; what is
+`first` comes before it, so that a run that is cut short has it:
 
     later = ["compile-max"]
+    first = true
 """
 
 from __future__ import annotations
@@ -248,21 +250,25 @@ def suite_jobs(path: Path, *, rehearsal: bool = False) -> list[Job]:
         raise BadSuite(f"{path}: {error.strerror or error}") from None
     except ValueError as error:
         raise BadSuite(f"{path} is not TOML: {error}") from None
-    jobs: list[Job] = []
+    ranked: list[tuple[bool, bool, Job]] = []
     makers: dict[str, Callable[..., list[Job]]] = {"op": op_jobs, "model": model_jobs}
     for kind, make in makers.items():
         for i, entry in enumerate(suite.pop(kind, [])):
             where = f"{path}: [[{kind}]] number {i + 1}"
             if not isinstance(entry, dict) or "name" not in entry:
                 raise BadSuite(f"{where} has no name")
-            single = ("name", "backend", "layout", "seed", "device", "target", "graph")
+            single = ("name", "backend", "layout", "seed", "device", "target", "graph", "first")
             options = {
                 k: v if k in single or isinstance(v, list) else [v] for k, v in entry.items()
             }
+            first = options.pop("first", False)
             if rehearsal:
                 options["rehearsal"] = True
             try:
-                jobs += make(options.pop("name"), **options)
+                if not isinstance(first, bool):
+                    raise TypeError(f"first is true or false, not {first!r}")
+                made = make(options.pop("name"), **options)
+                ranked += [(job.late, not first, job) for job in made]
             except (ValueError, TypeError) as error:
                 text = str(error).partition("unexpected keyword argument ")
                 raise BadSuite(
@@ -270,9 +276,9 @@ def suite_jobs(path: Path, *, rehearsal: bool = False) -> list[Job]:
                 ) from None
     if suite:
         raise BadSuite(f"{path}: unknown tables {', '.join(suite)} (op and model are known)")
-    if not jobs:
+    if not ranked:
         raise BadSuite(f"{path} asks for nothing")
-    return sorted(jobs, key=lambda job: job.late)
+    return [job for *_, job in sorted(ranked, key=lambda job: job[:2])]
 
 
 def run_jobs(
