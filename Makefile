@@ -50,11 +50,15 @@ wide: venv build cuda-emulated ## the larger cases of the GPU kernels, without a
 
 # With GPU_PYTHON=python3 an environment that is already there is used as it is: no venv, no network.
 GPU_PYTHON ?= $(BIN)/python
+GPU_PROVE_SECONDS ?= 170
 GPU_SECONDS ?= 240
 GPU_JSON ?= gpu.json
 # Compiling a kernel takes longer than running it; the largest calls want the GPU's memory alone.
-GPU_XDIST = $(shell $(GPU_PYTHON) -c "import xdist" 2>/dev/null && printf -- "-n 8")
+GPU_XDIST = $(shell $(GPU_PYTHON) -c "import os, xdist; \
+  print('--dist worksteal -n', min(16, os.cpu_count()))" 2>/dev/null)
 GPU_RUN = TRITON_INTERPRET=0 $(GPU_PYTHON)
+GPU_PROVE = TRITON_INTERPRET=0 timeout --foreground -s INT -k 10 $(GPU_PROVE_SECONDS) \
+  $(GPU_PYTHON) -m pytest -q
 GPU_BENCH = -m hybridops bench run benchmarks/gpu.toml --cache cold --min-time 0.002 --timeout 3 \
   --resume --json $(GPU_JSON)
 
@@ -64,15 +68,17 @@ endif
 
 gpu: gpu-build ## prove the GPU kernels on the GPU of this machine, then measure (9 minutes)
 	proven=0; \
-	$(GPU_RUN) -m pytest -q $(GPU_XDIST) -k "not 2_31" tests/test_gpu.py tests/test_gpu_models.py || proven=1; \
-	$(GPU_RUN) -m pytest -q -k 2_31 tests/test_gpu.py || proven=1; \
+	$(GPU_PROVE) $(GPU_XDIST) -k "not 2_31" tests/test_gpu_models.py tests/test_gpu.py || proven=1; \
+	$(GPU_PROVE) -k 2_31 tests/test_gpu.py || proven=1; \
 	$(GPU_RUN) $(GPU_BENCH) --stop-after $(GPU_SECONDS) && exit $$proven
 
 gpu-measure: gpu-build ## the second half of make gpu: goes on where it stopped, to the end
 	$(GPU_RUN) $(GPU_BENCH)
 
 gpu-build:
-	HYBRIDOPS_CUDA=1 $(GPU_PYTHON) setup.py --quiet build_ext --inplace --strict
+	$(GPU_PYTHON) -c "import numpy, pytest, setuptools, torch, triton; \
+	  assert int(setuptools.__version__.split('.')[0]) >= 77, 'setuptools 77 or newer is needed'"
+	HYBRIDOPS_CUDA=1 $(GPU_PYTHON) setup.py --quiet build_ext --inplace
 
 gpu-dry: ## rehearse that half without a GPU: every comparison, small, on the CPU (some minutes)
 	$(GPU_PYTHON) $(subst $(GPU_JSON),gpu-dry.json,$(GPU_BENCH)) --dry-run

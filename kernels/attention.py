@@ -180,6 +180,7 @@ def forward(q, k, v, bias, bias_index, key_padding_mask, scale, activation):
             ACTIVATION=activation,
             BLOCK_M=16,
             BLOCK_DV=blocks["BLOCK_DV"],
+            **tuned.FUSED,
         )
     return out, lse
 

@@ -334,5 +334,7 @@ def backward(dy, q, k, v, bias, bias_index, key_padding_mask, out, lse, scale, n
     T = bias.shape[1]
     bounds = torch.searchsorted(index, torch.arange(T + 1, device=q.device, dtype=index.dtype))
     if T:
-        _dtable_kernel[(T, H)](dense, order, bounds, dbias, Nq * Nk, T, BLOCK=256, num_warps=4)
+        _dtable_kernel[(T, H)](
+            dense, order, bounds, dbias, Nq * Nk, T, BLOCK=256, num_warps=4, **tuned.FUSED
+        )
     return dq, dk, dv, dbias

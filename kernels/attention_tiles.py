@@ -126,9 +126,8 @@ def live_list(key_padding_mask, block):
     n_blocks = triton.cdiv(Nk, block)
     live = torch.empty((B, n_blocks + 1), dtype=torch.int32, device=key_padding_mask.device)
     mask = key_padding_mask.view(torch.uint8)
-    _live_kernel[(B,)](
-        mask, live, mask.stride(), Nk, n_blocks, BLOCK_N=block, AT=min(64, 4096 // block)
-    )
+    blocks = {"BLOCK_N": block, "AT": min(64, 4096 // block)}
+    _live_kernel[(B,)](mask, live, mask.stride(), Nk, n_blocks, **blocks, **tuned.FUSED)
     return live
 
 

@@ -194,5 +194,6 @@ def forward(image, weights, biases, packed, strides, paddings, activations, pool
             KERNEL=kernel,
             BLOCK=1024,
             num_warps=4,
+            **tuned.FUSED,
         )
     return y

@@ -109,8 +109,8 @@ def _add_kernel(
 def _add(parts, to, K, inner):
     count, size = parts.numel() // max(to.numel(), 1), to.numel()
     if size:
-        grid = (triton.cdiv(size, 64),)
-        _add_kernel[grid](parts, to, count, size, K, inner, BLOCK_P=32, BLOCK=64, num_warps=4)
+        options = {"BLOCK_P": 32, "BLOCK": 64, "num_warps": 4, **tuned.FUSED}
+        _add_kernel[(triton.cdiv(size, 64),)](parts, to, count, size, K, inner, **options)
 
 
 def weight_gradient(kernel, dy, x, weight, dy_stride, M, sight=None, channels_first=True):

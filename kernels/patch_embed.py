@@ -10,6 +10,7 @@ embedding are the convolution's epilogue. Its gradient is that of the convolutio
 import triton
 import triton.language as tl
 
+from . import tuned
 from .conv_stem import LARGEST_NORM, conv
 
 
@@ -76,5 +77,6 @@ def forward(
         eps,
         BLOCK=triton.next_power_of_2(C),
         num_warps=4,
+        **tuned.FUSED,
     )
     return out

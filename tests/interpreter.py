@@ -20,6 +20,20 @@ from hybridops.ops._contract import ON_GPU
 
 
 @functools.cache
+def _mend_loops() -> None:
+    """numpy 2.4 takes no array of one element for a number; Triton 3.6 has such as loops' ends."""
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang_tensor
+
+    def patch_and_mend(tensor, scope):
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patch_and_mend
+
+
+@functools.cache
 def _mend_bfloat16() -> None:
     """bf16 as a GPU has it. The interpreter (3.6 to 3.9) holds it as uint16, multiplies those in
     a product, and truncates where it narrows fp32."""
@@ -68,6 +82,7 @@ def serving():
     pytest.importorskip("triton", reason="Triton is not installed")
     from hybridops.kernels import tuned
 
+    _mend_loops()
     _mend_bfloat16()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(backend, "available", lambda: ("triton", "reference"))

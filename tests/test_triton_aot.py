@@ -1,4 +1,4 @@
-"""Every shipped Triton configuration, compiled for sm_80 and sm_90: no spill, within the limits."""
+"""Every shipped Triton configuration, compiled for sm_80 and sm_90: no spill, no TF32 unasked."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 @pytest.mark.parametrize("arch", tuned.ARCHITECTURES)
 def test_every_configuration_compiles_without_spills(arch, tmp_path):
     environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path / "cache")}
+    environment["TRITON_DEFAULT_FP_FUSION"] = "0"  # Triton 3.10's
     environment.pop("TRITON_INTERPRET", None)
     command = [sys.executable, "-m", "hybridops.tune.aot", str(arch), str(tmp_path / "rows.json")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -39,3 +40,6 @@ def test_every_configuration_compiles_without_spills(arch, tmp_path):
         print(f"{row['kernel']:30} {row['call']:44} {figures}")
     bad = [row for row in found["rows"] if row["spilled"] or row["shared"] > search.SHARED[arch]]
     assert not bad, json.dumps(bad, indent=1)
+    assert not [row for row in found["rows"] if row["tf32"]], "fp32 products are IEEE unless asked"
+    assert found["tf32_where_allowed"]
+    assert all(row["fused"] for row in found["rows"])

@@ -6,7 +6,8 @@
 Triton gets a driver that only names the architecture, and a launch that only compiles. Then the
 kernels' own forward() and backward() are called on meta tensors in the shapes of `calls`, so that
 what is compiled is what would be launched: same configuration, same specialisation. The JSON holds
-one row per compiled kernel, and the entries of the tuning table that were used.
+one row per compiled kernel, the entries of the tuning table that were used, and whether an fp32
+product has TF32 after torch.set_float32_matmul_precision("high").
 
 The first answer says which of `calls` uses which entry: [[[kernel, kind, width], number], ...].
 Then a request is {"entry": [...], "config": {...}}, and its answer holds registers, shared memory
@@ -122,7 +123,7 @@ def patches(C, dtype=HALF):
 
 
 def resources(kernel) -> dict[str, int]:
-    """Registers, shared memory and bytes of local memory (spills) of a compiled kernel."""
+    """Registers, shared memory, bytes of local memory (spills); 1 where it multiplies in TF32."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
@@ -133,6 +134,7 @@ def resources(kernel) -> dict[str, int]:
         "registers": found["REG"],
         "shared": kernel.metadata.shared,
         "spilled": found["STACK"] + found["LOCAL"],
+        "tf32": int("tf32" in kernel.asm["ptx"]),
     }
 
 
@@ -165,7 +167,7 @@ class Ahead:
         self.used.add(entry)
         if self.asked is not None and entry == self.asked[0]:
             self.due = True
-            return dict(self.asked[1])
+            return self.asked[1] | tuned.FUSED
         return self.config(kernel, x, width)
 
     def call(self, function, arguments) -> list[tuple]:
@@ -184,11 +186,23 @@ class Ahead:
                     seen.add(kernel.hash)
                     blocks = {key: n for key, n in options.items() if key.startswith("BLOCK_")}
                     launch = {k: getattr(kernel.metadata, k) for k in ("num_warps", "num_stages")}
+                    launch["fused"] = kernel.metadata.enable_fp_fusion
                     known = {"kernel": name, "call": call}
                     rows.append({**known, **resources(kernel), **blocks, **launch})
             print(f"sm_{self.arch} {time.monotonic() - started:6.1f} s {call}", flush=True)
-        used = sorted(self.used)
-        return {"arch": self.arch, "triton": triton.__version__, "rows": rows, "used": used}
+        used, tf32 = sorted(self.used), self._tf32_where_allowed()
+        found = {"rows": rows, "used": used, "tf32_where_allowed": tf32}
+        return {"arch": self.arch, "triton": triton.__version__, **found}
+
+    def _tf32_where_allowed(self) -> bool:
+        kept = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("high")
+        try:
+            largest, config = tuned.row("linear_forward", "float32", 1536, self.arch)
+            entry = ("linear_forward", "float32", largest)
+            return bool(self.one(entry, config, ("product", (1536, FULL)))["tf32"])
+        finally:
+            torch.set_float32_matmul_precision(kept)
 
     def entries(self) -> dict[tuple, int]:
         """Entry -> the number of the first call that uses it. Compiles nothing."""
