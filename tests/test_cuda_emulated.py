@@ -5,6 +5,8 @@ How such a call comes to them: emulated_gpu.py.
 
 from __future__ import annotations
 
+import functools
+
 import check
 import emulated_gpu
 import pytest
@@ -24,6 +26,7 @@ def emulated():
         yield
 
 
+@functools.cache  # it draws the case's inputs
 def work(case) -> int:
     """Multiplications of a forward: the emulation does some 20 million a second."""
     t = case.make_inputs(torch.float32)

@@ -7,6 +7,7 @@ masks and the strides; races and registers are for test_triton_aot.py and `make 
 
 from __future__ import annotations
 
+import functools
 import os
 
 import check
@@ -36,6 +37,7 @@ def _on_cpu():
         yield
 
 
+@functools.cache  # it draws the case's inputs
 def work(case) -> int:
     """Roughly the elements that a case's kernels touch: what the interpreter's time follows."""
     shapes = {name: tuple(t.shape) for name, t in case.make_inputs(torch.float32).items()}
