@@ -21,7 +21,6 @@ TORCHVISION_SLOW = {
     "resnet50": Real(96, False, "ResNet Bottleneck"),
 }
 _LAYERS = "Layer Attention MLP PatchEmbeddings"
-_DEFORMABLE = ("deformable attention",)
 HF = {"segformer": Real(64, False, "Attention MLP PatchEmbeddings")}
 HF_SLOW = {
     "vit": Real(64, True, _LAYERS),
@@ -37,13 +36,6 @@ HF_SLOW = {
     "pvt_v2": Real(64, False, "Attention MLP PatchEmbeddings"),
     "mobilevit": Real(64, False, "ConvLayer Layer SelfAttention Intermediate Output"),
     "resnet": Real(64, False, "ConvLayer BottleNeckLayer"),
-    "detr": Real(96, False, "ConvEncoder EncoderLayer DecoderLayer SelfAttention CrossAttention"),
-    "deformable_detr": Real(96, False, "ConvEncoder SelfAttention MLP", _DEFORMABLE),
-    "rt_detr": Real(128, False, "EncoderLayer SelfAttention ConvNormLayer", _DEFORMABLE),
-    "rt_detr_v2": Real(128, False, "EncoderLayer SelfAttention ConvNormLayer", _DEFORMABLE),
-    "d_fine": Real(128, False, "SelfAttention ConvNormLayer RepVggBlock", _DEFORMABLE),
-    "dab-detr": Real(96, False, "EncoderLayer Attention DecoderLayer"),
-    "maskformer": Real(96, False, "DecoderLayer SelfAttention CrossAttention MLP"),
 }
 
 
