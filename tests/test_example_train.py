@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import hybridops
+
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 
@@ -60,6 +62,21 @@ def test_our_kernels_give_torchs_curve(tmp_path):
     assert ours["losses"][0] != pytest.approx(ours["losses"][-1], rel=0.01)  # it did train
     assert apart(ours["losses"], theirs["losses"]) <= 3e-6
     assert ours["config"] | {"backend": "reference"} == theirs["config"]
+
+
+@pytest.mark.models
+def test_at_its_defaults_it_learns_the_digits_along_torchs_curve(tmp_path):
+    """What the README says: 97 % of the test images, and 200 steps that torch would have made."""
+    assert train.main(["--out", str(tmp_path), "--threads", "1"]) == 0
+    ours = json.loads((tmp_path / "curves.json").read_text())
+    assert ours["accuracy"] >= 0.97
+    assert ours["optimized_accuracy"] >= 0.97
+    options = ["--out", str(tmp_path), "--threads", "1", "--backend", "reference"]
+    theirs = train.Run(train.parse(options), world=1)
+    with hybridops.use("reference"):
+        for _ in range(200):
+            theirs.one_step(theirs.model)
+    assert apart(ours["losses"][:200], theirs.losses) <= 1e-3
 
 
 def test_a_seed_is_a_run(tmp_path):

@@ -191,6 +191,39 @@ def nest():
     return Attention(24, 3), [torch.randn(2, 4, 15, 24)]
 
 
+def metaformer():
+    from timm.models.metaformer import Attention
+
+    return Attention(24, head_dim=8), [torch.randn(2, 15, 24)]
+
+
+def visformer(channels_last=False):
+    from timm.models.visformer import Attention
+
+    x = torch.randn(2, 24, 3, 5)
+    x = x.contiguous(memory_format=torch.channels_last) if channels_last else x
+    return Attention(24, 3, head_dim_ratio=0.5), [x]
+
+
+def volo():
+    from timm.models.volo import Attention
+
+    return Attention(24, 3), [torch.randn(2, 3, 5, 24)]
+
+
+def gcvit(use_global):
+    from timm.models.gcvit import WindowAttentionGlobal
+
+    queries = [torch.randn(2, 3, 5, 24)] if use_global else []
+    return WindowAttentionGlobal(24, 3, (3, 5), use_global), [torch.randn(6, 15, 24), *queries]
+
+
+def hiera(**options):
+    from timm.models.hiera import MaskUnitAttention
+
+    return MaskUnitAttention(24, 30, 3, **options), [torch.randn(2, 48, 24)]
+
+
 def swin_cr(masked=False):
     from timm.models.swin_transformer_v2_cr import WindowMultiHeadAttention
 
@@ -306,6 +339,14 @@ CASES = {
     "rope": rope_attention,
     "rope-unfused": lambda: rope_attention(qkv_fused=False, num_prefix_tokens=1),
     "nest": nest,
+    "metaformer": metaformer,
+    "visformer": visformer,
+    "visformer-channels-last": lambda: visformer(channels_last=True),
+    "volo": volo,
+    "gcvit": lambda: gcvit(False),
+    "gcvit-global": lambda: gcvit(True),
+    "hiera": lambda: hiera(q_stride=4),
+    "hiera-units": lambda: hiera(q_stride=2, window_size=4, use_mask_unit_attn=True),
     "swin-cr": swin_cr,
     "swin-cr-masked": lambda: swin_cr(masked=True),
     "relpos": relpos,

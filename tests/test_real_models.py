@@ -2,36 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
-
-import pytest
-import torch
-
-from hybridops import explain, optimize, report, restore, verify
-from hybridops.optimize import Fast
-
-
-class Real(NamedTuple):
-    """A model: its image, whether it has to be told, rules that must serve, reasons to be named."""
-
-    size: int
-    told: bool  # img_size is one of its arguments
-    rules: str
-    reasons: tuple[str, ...] = ()
-
+from real import Real, cases, check
 
 CHANNELS, TALKING = "channel attention", "talking heads"
 FAST = {
+    "pvt_v2_b0": Real(64, False, "OverlapPatchEmbed Block Attention MlpWithDepthwiseConv"),
+    "maxvit_pico_rw_256": Real(64, True, "PartitionAttentionCl AttentionCl Mlp"),
+}
+SLOW = {
     "swin_tiny_patch4_window7_224": Real(
         112, True, "PatchEmbed Block WindowAttention Mlp PatchMerging"
     ),
-    "pvt_v2_b0": Real(64, False, "OverlapPatchEmbed Block Attention MlpWithDepthwiseConv"),
-    "maxvit_pico_rw_256": Real(64, True, "PartitionAttentionCl AttentionCl Mlp"),
     "tiny_vit_5m_224": Real(96, False, "TinyVitAttention NormMlp"),
     "davit_tiny": Real(64, False, "DavitConvPosEnc WindowAttention Mlp", (CHANNELS,)),
     "levit_conv_128s": Real(224, False, "Stem16 LevitBlock LevitDownsample LevitDistilled"),
-}
-SLOW = {
     "swin_s3_tiny_224": Real(112, True, "Block WindowAttention PatchMerging"),
     "swinv2_tiny_window8_256": Real(128, True, "WindowAttentionV2 Mlp PatchMergingV2"),
     "swinv2_cr_tiny_224": Real(112, True, "WindowMultiHeadAttention Mlp"),
@@ -72,44 +56,17 @@ SLOW = {
     "twins_svt_small": Real(64, False, "Twins Block LocallyGroupedAttn GlobalSubSampleAttn Mlp"),
     "twins_pcpvt_small": Real(64, False, "Twins Block GlobalSubSampleAttn Mlp"),
     "nest_tiny": Real(224, False, "NestAttention Mlp"),
+    "caformer_s18": Real(64, False, "MetaFormerAttention", ("StarReLU",)),
+    "visformer_tiny": Real(64, True, "VisformerAttention", ("output format NCHW",)),
+    "volo_d1_224": Real(64, True, "VoloAttention Mlp", ("outlook attention",)),
+    "gcvit_xxtiny": Real(128, True, "WindowAttentionGlobal Mlp"),
+    "hiera_tiny_224": Real(224, False, "MaskUnitAttention Mlp"),
+    "edgenext_xx_small": Real(64, False, "Mlp", (CHANNELS,)),
+    "mvitv2_tiny": Real(64, True, "Mlp", ("made from the queries",)),
     "pit_ti_224": Real(224, False, "Block Attention Mlp"),
 }
 
 
-def build(timm: Any, name: str, real: Real) -> tuple[torch.nn.Module, torch.Tensor]:
-    options = {"img_size": real.size} if real.told else {}
-    model = timm.create_model(name, num_classes=10, **options).eval()
-    return model, torch.randn(1, 3, real.size, real.size)
-
-
-@pytest.mark.parametrize(
-    ("name", "real"),
-    [
-        *(pytest.param(n, r, id=n) for n, r in FAST.items()),
-        *(pytest.param(n, r, id=n, marks=pytest.mark.models) for n, r in SLOW.items()),
-    ],
-)
-@torch.no_grad()
+@cases("timm", FAST, SLOW)
 def test_real_model(timm, name, real):
-    model, x = build(timm, name, real)
-    before, state = model(x), {k: v.clone() for k, v in model.state_dict().items()}
-    foreseen = explain(model)
-    optimize(model)
-
-    served = {line.rule.partition(":Fast")[2] for line in foreseen.layers if line.rule}
-    assert served >= set(real.rules.split())
-    reasons = " ".join(line.reason for line in foreseen.layers if line.reason)
-    assert all(reason in reasons for reason in real.reasons)
-    assert all(line.rule or line.reason for line in foreseen.layers)
-    assert [line.rule for line in report(model).layers] == [line.rule for line in foreseen.layers]
-
-    result = verify(model, x)
-    assert result.ok, str(result)
-    assert torch.isfinite(model(x)).all()
-    served = [m for m in model.modules() if isinstance(m, Fast)]
-    assert all(m._hybridops_plan.settled() for m in served)  # a call sets nothing
-    assert not report(model).fallbacks
-    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
-    restore(model)
-    assert not any(isinstance(m, Fast) for m in model.modules())
-    assert torch.equal(model(x), before)
+    check(name, real)

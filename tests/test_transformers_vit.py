@@ -31,6 +31,7 @@ MODELS = {
     "vit tanh": {"hidden_act": "gelu_pytorch_tanh", "qkv_bias": False},
     "deit": {},
     "dinov2": {"mlp_ratio": 2},
+    "dinov2_with_registers": {"mlp_ratio": 2},
     "beit": {"use_relative_position_bias": True},
     "beit plain": {},
     "dpt": {},

@@ -40,3 +40,35 @@ def test_the_report_gives_the_reason(monkeypatch):
         "3": "it is empty",
         "3.qkv": "part of 3, which is torch's",
     }
+
+
+class ForeignAttention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.qkv = nn.Linear(4, 12)
+
+
+class ForeignAttentionBlock(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attn, self.fc = ForeignAttention(), nn.Linear(4, 4)
+
+
+def test_an_attention_without_a_rule_is_named_with_its_parts(timm):
+    from timm.layers import Attention
+
+    class ServedAttention(ForeignAttentionBlock):
+        def __init__(self):
+            super().__init__()
+            self.attn = Attention(16, 2)
+
+    model = nn.Sequential(ForeignAttentionBlock(), ServedAttention())
+    reasons = {layer.fqn: layer.reason for layer in explain(model).layers}
+    alone = "by itself: nothing to fuse, and torch's product is as fast"
+    assert reasons == {
+        "0.attn": "no rule for this kind of attention",
+        "0.attn.qkv": "part of 0.attn, which is torch's",
+        "0.fc": alone,
+        "1.attn": None,
+        "1.fc": alone,
+    }

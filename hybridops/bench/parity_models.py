@@ -81,6 +81,7 @@ _MAXVIT = {"input_size": (64, 64), "stem_channels": 16, "partition_size": 4, "he
 _MAXVIT |= {"block_channels": [32, 48], "block_layers": [1, 1], "stochastic_depth_prob": 0.0}
 _BERT = {"hidden_size": 48, "num_hidden_layers": 1, "num_attention_heads": 3}
 _BERT |= {"intermediate_size": 96, "image_size": 32, "patch_size": 8}
+_SWIN = {"embed_dim": 24, "depths": [1, 2, 1], "num_heads": [2, 3, 4]}
 
 MODELS = [
     Small("timm:vit_tiny_patch16_224", 32, _VIT),
@@ -117,6 +118,11 @@ MODELS = [
     Small("timm:vit_relpos_small_patch16_224", 64, {"img_size": 64, "depth": 1}),
     Small("timm:eva02_base_patch14_448", 56, {**_HYBRID, "img_size": 56}),
     Small("timm:nest_tiny", 64, {"img_size": 64}),
+    Small("timm:caformer_s18", 64),
+    Small("timm:visformer_tiny", 64, {"img_size": 64}),
+    Small("timm:volo_d1_224", 64, {"img_size": 64}),
+    Small("timm:gcvit_xxtiny", 128, {"img_size": 128}),
+    Small("timm:hiera_tiny_224", 224, {"stages": (1, 1, 1, 1)}),
     Small("torchvision:VisionTransformer", 32, _VISION),
     Small("torchvision:swin_t", 64),
     Small("torchvision:swin_v2_t", 64),
@@ -125,6 +131,8 @@ MODELS = [
     Small("hf:deit", 32, _BERT),
     Small("hf:beit", 32, _BERT),
     Small("hf:dinov2", 32, _BERT),
+    Small("hf:dinov2_with_registers", 32, _BERT),
+    Small("hf:swin", 112, {**_SWIN, "image_size": 112}),
     Small("hf:dpt", 32, {**_BERT, "is_hybrid": False}),
     Small(
         "hf:LevitForImageClassification",

@@ -151,9 +151,15 @@ def _add_explain(add) -> None:
         "explain",
         "list what optimize() would replace in a model, without its weights",
         "timm:levit_256",
-        "hybridops:cpvt_tiny",
+        "torchvision:swin_t",
+        "hf:vit",
     )
-    explain.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    explain.add_argument(
+        "model",
+        metavar="MODEL",
+        help=f"{MODEL_HELP}; torchvision:NAME; hf:NAME, a model type or class of transformers in "
+        "its default configuration",
+    )
 
 
 def _add_optimize(add) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import inspect
 from contextlib import suppress
 from typing import Any
 
@@ -14,16 +16,16 @@ from .fast import original_class
 from .report import Report
 from .swap import survey
 
-_SOURCES = "timm:NAME, hybridops:NAME, transformers:NAME"
+_SOURCES = "timm:NAME, torchvision:NAME, hybridops:NAME, transformers:NAME (or hf:NAME)"
 
 
 def explain(name_or_model: str | nn.Module, mode: str = "inference", **kwargs: Any) -> Report:
     """A Report of every hot layer: the rule that optimize() would apply, or its reason not to.
 
-    name_or_model: a model, or "timm:levit_256", "hybridops:cpvt_tiny", "transformers:vit" (a model
-    type or, as in "transformers:DetrForObjectDetection", a class, with its default configuration,
-    or a name whose configuration is in the local cache). Named models are built without weights;
-    kwargs go to the model's constructor.
+    name_or_model: a model, or "timm:levit_256", "torchvision:vit_b_16", "hybridops:cpvt_tiny",
+    "transformers:vit" (a model type or, as in "transformers:DetrForObjectDetection", a class, with
+    its default configuration, or a name whose configuration is in the local cache). Named models
+    are built without weights; kwargs go to the model's constructor.
     Raises ValueError for a name that nothing knows, ImportError for a library that is missing.
     """
     model = build(name_or_model, **kwargs) if isinstance(name_or_model, str) else name_or_model
@@ -57,6 +59,19 @@ def _timm(name, kwargs):
         close = ", ".join(timm.list_models(f"*{name.split('_')[0]}*")[:8])
         raise ValueError(f"timm has no model {name!r}" + (f"; it has {close}" if close else ""))
     return timm.create_model(name, **kwargs)
+
+
+def _torchvision(name, kwargs):
+    models = import_torchvision().models
+    if name not in models.list_models():
+        close = ", ".join(difflib.get_close_matches(name, models.list_models(), n=3))
+        raise ValueError(
+            f"torchvision has no model {name!r}" + (f"; close to it {close}" if close else "")
+        )
+    builder = models.get_model_builder(name)
+    if "weights_backbone" in inspect.signature(builder).parameters:  # else it downloads them
+        kwargs = {"weights_backbone": None} | kwargs
+    return builder(**kwargs)
 
 
 def _hybridops(name, kwargs):
@@ -93,6 +108,7 @@ def _transformers(name, kwargs):
 
 _BUILDERS = {
     "timm": _timm,
+    "torchvision": _torchvision,
     "hybridops": _hybridops,
     "transformers": _transformers,
     "hf": _transformers,

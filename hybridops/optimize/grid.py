@@ -60,6 +60,15 @@ def from_grids(x: Tensor, size: Size, grid: Size) -> Tensor:
     return x.reshape(-1, H * W, C)
 
 
+def squares(x: Tensor) -> Tensor:
+    """(B, H, W, C) -> (B, H/2, W/2, 4*C), column by column; an odd side is filled with zeros."""
+    _, H, W, _ = x.shape
+    if H % 2 or W % 2:
+        x = F.pad(x, (0, 0, 0, W % 2, 0, H % 2))
+    B, H, W, C = x.shape
+    return x.reshape(B, H // 2, 2, W // 2, 2, C).permute(0, 1, 3, 4, 2, 5).flatten(3)
+
+
 def tokens_of(image: Tensor) -> Tensor:
     """(B, C, H, W) -> (B, H*W, C): a view, contiguous where the image is channels_last."""
     return image.flatten(2).transpose(1, 2)

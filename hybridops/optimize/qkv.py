@@ -14,7 +14,15 @@ from torch import Tensor, nn
 
 from ..nn._derived import Weights
 from ..ops import attention, attention_layer, linear
-from .fast import Fast, first, not_one_of, not_plain_linear, packed_linear, scaled
+from .fast import (
+    Fast,
+    first,
+    not_one_of,
+    not_plain_linear,
+    not_pointwise,
+    packed_linear,
+    scaled,
+)
 
 
 def dropout_in_training(module: Any, mode: str) -> str | None:
@@ -41,6 +49,22 @@ def scale_of(module: Any) -> float | None:
 def as_they_are(linear: Any) -> Weights:
     """An nn.Linear's parameters, unpacked: what trains."""
     return Weights(linear.weight, linear.bias, None)
+
+
+def pointwise(conv: Any) -> Weights:
+    """A 1 x 1 convolution's parameters as those of a product, unpacked."""
+    return Weights(conv.weight.flatten(1), conv.bias, None)
+
+
+def not_pointwise_attention(module: Any, mode: str) -> str | None:
+    """Why an attention of images, whose products are 1 x 1 convolutions, cannot be served."""
+    return first(
+        (
+            dropout_in_training(module, mode),
+            not_pointwise("qkv", module.qkv),
+            not_pointwise("proj", module.proj),
+        )
+    )
 
 
 def split_bias(module: Any) -> Weights:

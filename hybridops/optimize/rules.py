@@ -100,6 +100,8 @@ RULES: dict[str, str | type[Fast]] = {
     "timm.models.maxxvit:AttentionCl": f"{_HERE}.timm_maxvit:FastAttentionCl",
     "timm.models.maxxvit:Attention2d": f"{_HERE}.timm_maxvit:FastAttention2d",
     "timm.models.maxxvit:PartitionAttentionCl": f"{_HERE}.timm_maxvit:FastPartitionAttentionCl",
+    "timm.models.gcvit:WindowAttentionGlobal": f"{_HERE}.timm_maxvit:FastWindowAttentionGlobal",
+    "timm.models.hiera:MaskUnitAttention": f"{_HERE}.timm_hiera:FastMaskUnitAttention",
     f"{_RELPOS}:RelPosAttention": f"{_HERE}.timm_maxvit:FastRelPosAttention",
     f"{_RELPOS}:RelPosBlock": f"{_HERE}.timm_maxvit:FastRelPosBlock",
     "timm.models.coat:ConvPosEnc": f"{_HERE}.timm_peg:FastCoatConvPosEnc",
@@ -118,6 +120,9 @@ RULES: dict[str, str | type[Fast]] = {
     "timm.layers.attention:AttentionRope": f"{_HERE}.timm_rope:FastAttentionRope",
     "timm.layers.mlp:SwiGLU": f"{_HERE}.timm_glu:FastSwiGLU",
     "timm.layers.mlp:GluMlp": f"{_HERE}.timm_glu:FastGluMlp",
+    "timm.models.metaformer:Attention": f"{_HERE}.timm_attention:FastMetaFormerAttention",
+    "timm.models.visformer:Attention": f"{_HERE}.timm_attention:FastVisformerAttention",
+    "timm.models.volo:Attention": f"{_HERE}.timm_attention:FastVoloAttention",
     "timm.models.nest:Attention": f"{_HERE}.timm_attention:FastNestAttention",
     "timm.models.cait:ClassAttn": f"{_HERE}.timm_attention:FastClassAttn",
     "timm.models.crossvit:CrossAttention": f"{_HERE}.timm_attention:FastCrossAttention",
@@ -139,6 +144,14 @@ RULES: dict[str, str | type[Fast]] = {
     **_family("deit", "DeiT", **_VIT),
     **_family("beit", "Beit", **_VIT),
     **_family("dinov2", "Dinov2", **_VIT),
+    **_family("dinov2_with_registers", "Dinov2WithRegisters", **_VIT),
+    **_family(
+        "swin",
+        "Swin",
+        FastAttention="Attention",
+        FastMLP="MLP",
+        FastPatchMerging="PatchMerging",
+    ),
     **_family(
         "dpt",
         "DPT",
@@ -265,6 +278,8 @@ RULES: dict[str, str | type[Fast]] = {
 }
 _CHANNELS = "channel attention: scores between channels, not tokens"
 _TALKING = "talking heads: products across heads before and behind the softmax"
+_LINEAR = "linear attention: products of keys and values first, no scores of pairs"
+_FROM_QUERIES = "its bias of relative positions is made from the queries, anew for every image"
 _DIFFERENTIAL = "differential attention: the difference of two softmaxes"
 _DEFORMABLE = "deformable attention: a query samples a few points of each map, between its tokens"
 _SAMPLED = (
@@ -318,6 +333,20 @@ UNSERVED: dict[str, str] = {
     "timm.models.fastvit:RepConditionalPosEnc": "7 x 7 on an NCHW grid of 8 x 8: torch's "
     "convolution takes half the time of peg",
     "timm.models.cait:TalkingHeadAttn": _TALKING,
+    "timm.models.edgenext:CrossCovarianceAttn": _CHANNELS,
+    "timm.models.efficientvit_mit:LiteMLA": _LINEAR,
+    "timm.models.efficientvit_msra:CascadedGroupAttention": "cascaded heads: each takes "
+    "the former one's output beside its own channels",
+    "timm.models.swiftformer:EfficientAdditiveAttention": "additive attention: one weighted sum of "
+    "the queries, no scores of pairs",
+    "timm.models.volo:OutlookAttention": "outlook attention: a product of each token gives the "
+    "weights of its neighbourhood, no scores of pairs",
+    "timm.models.nextvit:ConvAttention": "convolutions in place of attention",
+    "timm.models.metaformer:Pooling": "pooling in place of attention",
+    "timm.models.mvitv2:MultiScaleAttention": _FROM_QUERIES,
+    "timm.models.vision_transformer_sam:Attention": _FROM_QUERIES,
+    "timm.models.convit:GPSA": "gated attention: a mixture of two softmaxes",
+    "timm.layers.halo_attn:HaloAttn": "halo attention: blocks of queries with wider blocks of keys",
     "timm.models.efficientformer_v2:Attention2d": _TALKING,
     "timm.models.efficientformer_v2:Attention2dDownsample": _TALKING,
     "timm.models.vision_transformer:ParallelScalingBlock": "attention and MLP share one product",

@@ -12,9 +12,12 @@ from timm.models.davit import WindowAttention
 from timm.models.efficientformer import Attention as EfficientFormerAttention
 from timm.models.efficientformer import MetaBlock1d
 from timm.models.fastvit import Attention as FastVitAttention
+from timm.models.metaformer import Attention as MetaFormerAttention
 from timm.models.nest import Attention as NestAttention
 from timm.models.tiny_vit import Attention as TinyVitAttention
 from timm.models.tiny_vit import NormMlp
+from timm.models.visformer import Attention as VisformerAttention
+from timm.models.volo import Attention as VoloAttention
 
 from ..nn._derived import Weights
 from ..ops import attention, linear, mlp_layer
@@ -30,13 +33,45 @@ from .fast import (
     packed_linear,
     scaled,
 )
-from .grid import tokens_of
-from .qkv import QkvAttention, as_they_are, dropout_in_training, drops, scale_of, split_bias
+from .grid import image_of, tokens_of
+from .qkv import (
+    QkvAttention,
+    as_they_are,
+    dropout_in_training,
+    drops,
+    not_pointwise_attention,
+    pointwise,
+    scale_of,
+    split_bias,
+)
 from .timm_block import PreNormBlock
 
 
 class FastWindowAttention(QkvAttention, WindowAttention):
     pass
+
+
+class FastMetaFormerAttention(QkvAttention, MetaFormerAttention):
+    pass
+
+
+class FastVoloAttention(QkvAttention, VoloAttention):
+    def forward(self, x):
+        y = self.attended(x.flatten(1, 2))
+        return VoloAttention.forward(self, x) if y is None else y.view(x.shape)
+
+
+class FastVisformerAttention(QkvAttention, VisformerAttention):
+    @classmethod
+    def unserved(cls, module, mode):
+        return not_pointwise_attention(module, mode)
+
+    def products(self):
+        return pointwise(self.qkv), pointwise(self.proj)
+
+    def forward(self, x):
+        y = self.attended(tokens_of(x))
+        return VisformerAttention.forward(self, x) if y is None else image_of(y, x)
 
 
 class FastNestAttention(QkvAttention, NestAttention):

@@ -1,16 +1,16 @@
-"""timm's MaxViT, CoAtNet and ViTs with relative positions: attention with a rel_pos module."""
+"""timm's MaxViT, CoAtNet, GCViT and relative ViTs: attention with a rel_pos module."""
 
 from __future__ import annotations
 
 from timm.layers.pos_embed_rel import RelPosBias
+from timm.models.gcvit import WindowAttentionGlobal
 from timm.models.maxxvit import Attention2d, AttentionCl, PartitionAttentionCl
 from timm.models.vision_transformer_relpos import RelPosAttention, RelPosBlock
 from torch import nn
 
-from ..nn._derived import Weights
-from .fast import first, not_pointwise
+from ..ops import attention, linear
 from .grid import from_grids, from_windows, image_of, into_grids, into_windows, tokens_of
-from .qkv import QkvAttention, dropout_in_training
+from .qkv import QkvAttention, drops, not_pointwise_attention, pointwise
 from .timm_block import PreNormBlock
 
 _SHIFT = ("rel_pos.mlp.fc2.bias", "k_norm.bias")  # the same for all keys: softmax cancels it
@@ -82,23 +82,13 @@ class FastAttentionCl(_RelPosAttention, AttentionCl):
         return y.view(*x.shape[:-1], y.shape[-1])
 
 
-def _pointwise(conv):
-    return Weights(conv.weight.flatten(1), conv.bias, None)
-
-
 class FastAttention2d(_RelPosAttention, Attention2d):
     @classmethod
     def unserved(cls, module, mode):
-        return first(
-            (
-                dropout_in_training(module, mode),
-                not_pointwise("qkv", module.qkv),
-                not_pointwise("proj", module.proj),
-            )
-        )
+        return not_pointwise_attention(module, mode)
 
     def products(self):
-        return _pointwise(self.qkv), _pointwise(self.proj)
+        return pointwise(self.qkv), pointwise(self.proj)
 
     def forward(self, x, shared_rel_pos=None):
         y = self.attended(tokens_of(x), self.shared(shared_rel_pos))
@@ -118,3 +108,37 @@ class FastPartitionAttentionCl(PreNormBlock, PartitionAttentionCl):
         size, part = tuple(x.shape[1:3]), self.partition_size
         tokens = self.attended(into(x.flatten(1, 2), size, part), weights)
         return back(self.fed_forward(tokens, weights), size, part).view(x.shape)
+
+
+class FastWindowAttentionGlobal(_RelPosAttention, WindowAttentionGlobal):
+    """The windows' own queries, or those of the whole image, which all its windows share."""
+
+    interleaved = False
+
+    @classmethod
+    def facts(cls, module):
+        return module.num_heads, module.head_dim
+
+    def forward(self, x, q_global=None):
+        shared = self.use_global and q_global is not None
+        y = self._with(q_global, x) if shared else self.attended(x)
+        return WindowAttentionGlobal.forward(self, x, q_global) if y is None else y
+
+    def _with(self, q_global, x):
+        plan = self._hybridops_plan
+        weights, index = plan.derived(self, x), None
+        if weights is None:
+            if drops(self) or not plan.intact():
+                return None
+            (kv, proj), (bias, index) = self.products(), self.score_bias()
+        else:
+            kv, bias, proj = weights
+        B, N, _ = x.shape
+        split = B, N, self.num_heads, self.head_dim
+        images = len(q_global)
+        q = q_global.reshape(images, 1, N, -1).expand(-1, B // images, -1, -1).reshape(split)
+        k, v = linear(x, kv.weight, kv.bias, packed=kv.packed).chunk(2, dim=2)
+        out = attention(
+            q, k.view(split), v.view(split), bias=bias, bias_index=index, scale=self.scale
+        )
+        return self.proj_drop(linear(out.flatten(2), proj.weight, proj.bias, packed=proj.packed))

@@ -14,7 +14,7 @@ from timm.models.swin_transformer_v2_cr import WindowMultiHeadAttention
 
 from ..ops import linear
 from .fast import Fast, norm_of, not_layer_norm, not_plain_linear, one_dtype, scaled
-from .grid import from_windows, into_windows
+from .grid import from_windows, into_windows, squares
 from .qkv import QkvAttention, as_they_are, split_bias
 from .timm_block import PreNormBlock
 
@@ -84,15 +84,6 @@ class FastWindowMultiHeadAttention(_CosineAttention, WindowMultiHeadAttention):
         return self._relative_positional_encodings(), None
 
 
-def _squares(x):
-    """(B, H, W, C) -> (B, H/2, W/2, 4*C), an odd side filled up with zeros"""
-    _, H, W, _ = x.shape
-    if H % 2 or W % 2:
-        x = F.pad(x, (0, 0, 0, W % 2, 0, H % 2))
-    B, H, W, C = x.shape
-    return x.reshape(B, H // 2, 2, W // 2, 2, C).permute(0, 1, 3, 4, 2, 5).flatten(3)
-
-
 class _Merging(Fast):
     """Base of the rules for 2 x 2 tokens side by side, into a product."""
 
@@ -112,10 +103,10 @@ class FastPatchMerging(_Merging, PatchMerging):
         weights = plan.derived(self, x)
         if weights is not None:
             weight, bias, packed = weights
-            return linear(_squares(x), weight, bias, norm=norm_of(norm), packed=packed)
+            return linear(squares(x), weight, bias, norm=norm_of(norm), packed=packed)
         if not plan.intact():
             return PatchMerging.forward(self, x)
-        return linear(norm(_squares(x)), reduction.weight, reduction.bias)
+        return linear(norm(squares(x)), reduction.weight, reduction.bias)
 
 
 class FastPatchMergingV2(_Merging, PatchMergingV2):
@@ -125,4 +116,4 @@ class FastPatchMergingV2(_Merging, PatchMergingV2):
         if weights is None and not plan.intact():
             return PatchMergingV2.forward(self, x)
         weight, bias, packed = weights or as_they_are(reduction)
-        return norm(linear(_squares(x), weight, bias, packed=packed))
+        return norm(linear(squares(x), weight, bias, packed=packed))

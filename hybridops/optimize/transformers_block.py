@@ -332,6 +332,16 @@ def vit_parts(module: Any, attention: type, mlp: type) -> Parts | str:
     return Parts(attn, projections, perceptron.fc1, perceptron.activation_fn, perceptron.fc2)
 
 
+def scaled_parts(module: Any, attention: type, mlp: type, scale: type) -> Parts | str:
+    """The same with a LayerScale behind each half (DINOv2)."""
+    scales = module.layer_scale1, module.layer_scale2
+    reason = first(not_one_of("a scale", s, scale) for s in scales)
+    parts = vit_parts(module, attention, mlp)
+    if reason or isinstance(parts, str):
+        return reason or parts
+    return parts._replace(gammas=tuple(s.lambda1 for s in scales))
+
+
 def older_parts(module: Any, *classes: type) -> Parts | str:
     """The layers of a block of the older shape; classes: SelfAttention, SelfOutput, Intermediate,
     Output."""

@@ -11,8 +11,7 @@ from transformers.models.dinov2.modeling_dinov2 import (
     Dinov2PatchEmbeddings,
 )
 
-from .fast import not_one_of
-from .transformers_block import Layer, PatchEmbeddings, Perceptron, SelfAttention, vit_parts
+from .transformers_block import Layer, PatchEmbeddings, Perceptron, SelfAttention, scaled_parts
 
 
 class FastAttention(SelfAttention, Dinov2Attention):
@@ -33,11 +32,4 @@ class FastLayer(Layer, Dinov2Layer):
 
     @classmethod
     def parts(cls, module):
-        scales = module.layer_scale1, module.layer_scale2
-        parts = vit_parts(module, Dinov2Attention, Dinov2MLP)
-        reason = next(
-            filter(None, (not_one_of("a scale", s, Dinov2LayerScale) for s in scales)), None
-        )
-        if reason or isinstance(parts, str):
-            return reason or parts
-        return parts._replace(gammas=tuple(s.lambda1 for s in scales))
+        return scaled_parts(module, Dinov2Attention, Dinov2MLP, Dinov2LayerScale)
