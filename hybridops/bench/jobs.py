@@ -187,7 +187,7 @@ def model_jobs(
     Raises ValueError for an unknown name, dtype, mode, metric or peer, and for a bad size.
     """
     name = full_name(name)
-    size = [s if s is None else read_size(s) for s in size]
+    sizes = [s if s is None else read_size(s) for s in size]
     _among(dtype, ("fp32", "bf16", "fp16") if device == "cuda" else ("fp32", "bf16"), "dtype")
     _among(mode, MODEL_MODES, "mode")
     _among(metric, METRICS, "metric")
@@ -199,7 +199,7 @@ def model_jobs(
     peers = tuple(peers or MODEL_PEERS)
     asked = _targets(target or {}, mode, [*peers, *later])
     if rehearsal:
-        batch, size, device = [2], [REHEARSED_SIZE], "cpu"
+        batch, sizes, device = [2], [REHEARSED_SIZE], "cpu"
     built: dict[Size | None, Any] = {}
 
     def task(size, batch, dtype, mode, threads) -> Task:
@@ -224,7 +224,7 @@ def model_jobs(
         return task
 
     jobs = []
-    for s, b, d, m, count in product(size, batch, dtype, mode, threads or _threads()):
+    for s, b, d, m, count in product(sizes, batch, dtype, mode, threads or _threads()):
         make = partial(task, s, b, d, m, count)
         title = f"{name} {m} {d} batch {b}"
         how = f"{written(s) if s else ''} {count} threads {','.join(metric)}"
