@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from hybridops import bench
 from hybridops.bench import check, clock, measure, op_task, peers, roof, sample, stats
 from hybridops.bench.cases import CASES
+from hybridops.bench.model_task import model_task, read_size
+from hybridops.bench.result import in_pixels
 from hybridops.bench.task import Skip
 
 QUICK = sample.Settings(min_time=1e-3, timeout=0.2, least_rounds=3)
@@ -457,3 +459,16 @@ def test_the_preloaded_peer_needs_a_library(monkeypatch):
     monkeypatch.setenv(mkl512.VARIABLE, "/nowhere/lib.so")
     with pytest.raises(Skip, match="no file"):
         mkl512.build(op_task.op_task(CASES["peg"][0]))
+
+
+def test_images_need_not_be_square():
+    assert [read_size(text) for text in (224, "224", "8x8", "6x9")] == [224, 224, 8, (6, 9)]
+    task = model_task("tiny", torch.nn.Conv2d(3, 4, 1), size=(6, 9), batch=2)
+    task.set_inputs(0)
+    assert task.inputs[0].shape == (2, 3, 6, 9)
+    assert task.case == "6x9"
+    assert "--size 6x9" in task.repro
+    assert [in_pixels(case, " × ") for case in ("224", "6x9")] == ["224 × 224", "6 × 9"]
+    for wrong in ("", "8x", "x8", "8x8x8", "-8", "0", True, 2.0, [8, 8], "1" * 7):
+        with pytest.raises(ValueError, match="size: must be a side"):
+            read_size(wrong)

@@ -131,6 +131,8 @@ def test_a_wrong_kernel_is_exit_code_1(monkeypatch, capsys):
         ["model", "hf:no_such_model"],
         ["model", "hf:bert"],
         ["model", "hybridops:cpvt_tiny", "--metric", "beauty"],
+        ["model", "hybridops:cpvt_tiny", "--size", "64x"],
+        ["model", "hybridops:cpvt_tiny", "--size", "0x64"],
         ["run", "/no/such/suite.toml"],
         ["compare", "a.json", "b.json"],
         ["report", "a.json"],
@@ -246,6 +248,11 @@ def test_committed_suites_ask_for_what_exists(path):
         ("[[op]]\nshape='x'", "number 1 has no name"),
         ("[[op]]\nname='peg'\ncolour='red'", "unknown key 'colour'"),
         ("[[op]]\nname='peg'\nshape='x'", "no shape 'x' of peg"),
+        ("[[model]]\nname='hybridops:cpvt_tiny'\nsize=[true]", "size: must be"),
+        (
+            "[[model]]\nname='hybridops:cpvt_tiny'\nsize='8by8'",
+            "or HxW such as 800x1066, got '8by8'",
+        ),
     ],
 )
 def test_suites_that_cannot_be_served(tmp_path, text, match):

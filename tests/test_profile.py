@@ -342,6 +342,7 @@ def test_quiet_prints_nothing(quick, capsys):
         (["cpvt_tiny", "--threads", "0"], "whole number"),
         (["cpvt_tiny", "--depth", "x"], "whole number"),
         (["timm:levit_128s", "--size", "7"], "does not take 7 x 7"),
+        (["timm:levit_128s", "--size", "8by8"], "or HxW"),
         (["cpvt_tiny", "--out", "/no/such/folder/p.html"], "no directory"),
         (["cpvt_tiny", "--json", "/no/such/folder/p.json"], "no directory"),
         (["cpvt_tiny", "--size", "32", "--backend", "abacus"], "abacus"),

@@ -40,7 +40,7 @@ import torch
 from .case import INPUT_LAYOUTS
 from .measure import Progress, measure
 from .memory import measure_memory
-from .model_task import build_model, full_name, model_task
+from .model_task import Size, build_model, full_name, model_task, read_size, written
 from .op_task import OPS, chosen_backends, find_cases, op_task, rehearsed
 from .peers import peer
 from .result import Row
@@ -169,7 +169,7 @@ def model_jobs(
     name: str,
     *,
     batch: Sequence[int] = (1,),
-    size: Sequence[int | None] = (None,),
+    size: Sequence[int | str | None] = (None,),
     dtype: Sequence[str] = ("fp32",),
     mode: Sequence[str] = ("infer",),
     threads: Sequence[int] = (),
@@ -184,11 +184,12 @@ def model_jobs(
 ) -> list[Job]:
     """A job for every combination; a model is built once for all jobs of one size.
 
-    graph: ours replays a CUDA graph. later, target: see above. rehearsal: the same on two small
-    images on the CPU, whatever the device.
-    Raises ValueError for an unknown name, dtype, mode, metric or peer.
+    size: sides, or "HxW". graph: ours replays a CUDA graph. later, target: see above. rehearsal:
+    the same on two small images on the CPU, whatever the device.
+    Raises ValueError for an unknown name, dtype, mode, metric or peer, and for a bad size.
     """
     name = full_name(name)
+    sizes = [s if s is None else read_size(s) for s in size]
     _among(dtype, ("fp32", "bf16", "fp16") if device == "cuda" else ("fp32", "bf16"), "dtype")
     _among(mode, MODEL_MODES, "mode")
     _among(metric, METRICS, "metric")
@@ -200,8 +201,8 @@ def model_jobs(
     peers = tuple(peers or MODEL_PEERS)
     asked = _targets(target or {}, mode, [*peers, *later])
     if rehearsal:
-        batch, size, device = [2], [REHEARSED_SIZE], "cpu"
-    built: dict[int | None, Any] = {}
+        batch, sizes, device = [2], [REHEARSED_SIZE], "cpu"
+    built: dict[Size | None, Any] = {}
 
     def task(size, batch, dtype, mode, threads) -> Task:
         if size not in built:
@@ -225,10 +226,10 @@ def model_jobs(
         return task
 
     jobs = []
-    for s, b, d, m, count in product(size, batch, dtype, mode, threads or _threads()):
+    for s, b, d, m, count in product(sizes, batch, dtype, mode, threads or _threads()):
         make = partial(task, s, b, d, m, count)
         title = f"{name} {m} {d} batch {b}"
-        how = f"{s or ''} {count} threads {','.join(metric)}"
+        how = f"{written(s) if s else ''} {count} threads {','.join(metric)}"
         how += f" {device}" * (device != "cpu") + " graph" * graph
         job = Job(title, make, peers, "peak-mem" in metric, asked.get(m, ()), how, "model")
         jobs += _now_and_later(job, later)

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from ..optimize.explain import build
 from . import peers
-from .model_task import build_model, model_task
+from .model_task import build_model, model_task, read_size
 from .result import Row
 from .task import Skip, Task, threads
 
@@ -34,7 +34,7 @@ def measure_memory(task: Task, rows: list[Row], progress=lambda share, text: Non
         progress(1.0, f"peak memory of {row.candidate}")
         spec = {
             **{k: getattr(row, k) for k in ("name", "dtype", "mode", "batch", "threads")},
-            "size": int(row.case),
+            "size": row.case,
             "candidate": None if row.ours else row.candidate,
         }
         row.peak_mb = _ask(spec)
@@ -65,7 +65,7 @@ def child() -> None:
     build(spec["name"])  # without memory for weights: what a model imports is not its own
     base = _resident("VmRSS")
     with threads(spec["threads"]):
-        model, size = build_model(spec["name"], spec["size"])
+        model, size = build_model(spec["name"], read_size(spec["size"]))
         task = model_task(
             spec["name"],
             model,

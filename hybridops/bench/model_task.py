@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from contextlib import nullcontext
 from copy import deepcopy
@@ -22,6 +23,8 @@ from .plain import plain_torch
 from .task import Candidate, Skip, Task
 
 SIZE = 224
+Size = int | tuple[int, int]  # of images: the side of square ones, or (height, width)
+_SIZE = re.compile(r"([1-9]\d{0,5})(?:x([1-9]\d{0,5}))?")
 
 
 def full_name(name: str) -> str:
@@ -38,7 +41,28 @@ def full_name(name: str) -> str:
     raise ValueError(f"neither timm nor hybridops has a model {name!r} (write hf:NAME for others)")
 
 
-def build_model(name: str, size: int | None = None) -> tuple[nn.Module, int]:
+def read_size(text: Any) -> Size:
+    """An image size as people write it: 224, "224" or "800x1066", height first.
+
+    Raises ValueError for anything else.
+    """
+    found = _SIZE.fullmatch(str(text))
+    if not found or type(text) not in (int, str):
+        raise ValueError(f"size: must be a side such as 224, or HxW such as 800x1066, got {text!r}")
+    height, width = int(found[1]), int(found[2] or found[1])
+    return height if height == width else (height, width)
+
+
+def written(size: Size) -> str:
+    """The size as read_size() takes it."""
+    return str(size) if isinstance(size, int) else "{}x{}".format(*size)
+
+
+def _sides(size: Size) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else size
+
+
+def build_model(name: str, size: Size | None = None) -> tuple[nn.Module, Size]:
     """A named model in eval mode, fp32, with seeded live weights, and the image size it takes.
 
     Nothing is downloaded: times do not depend on what the weights are, and errors are the harder
@@ -52,19 +76,20 @@ def build_model(name: str, size: int | None = None) -> tuple[nn.Module, int]:
         config = getattr(model, "pretrained_cfg", None) or {}
         takes = size or getattr(getattr(model, "config", None), "image_size", None)
         takes = takes or config.get("input_size", (3, SIZE))[-1]
-        takes = takes if isinstance(takes, int) else takes[0]
-        images = torch.randn(2, 3, takes, takes)
+        takes = takes if size or isinstance(takes, int) else takes[0]
+        height, width = _sides(takes)
+        images = torch.randn(2, 3, height, width)
         try:
             make_live(model.eval(), images)
             with torch.inference_mode():
                 model(images)
         except Exception as error:  # a model of text, say, where anything may be raised
             why = (str(error) or type(error).__name__).splitlines()[0]
-            raise ValueError(f"{name} does not take {takes} x {takes} images: {why}") from None
+            raise ValueError(f"{name} does not take {height} x {width} images: {why}") from None
     return model.eval(), takes
 
 
-def _create(name: str, size: int | None) -> nn.Module:
+def _create(name: str, size: Size | None) -> nn.Module:
     if size is None:
         return create(name)
     key = "image_size" if name.startswith(("hf:", "transformers:")) else "img_size"
@@ -78,7 +103,7 @@ def model_task(
     name: str,
     model: nn.Module,
     *,
-    size: int = SIZE,
+    size: Size = SIZE,
     batch: int = 1,
     dtype: str = "fp32",
     mode: str = "infer",
@@ -87,26 +112,27 @@ def model_task(
     device: str = "cpu",
     graph: bool = False,
 ) -> Task:
-    """The task of running `model`, which stays as it is, on `batch` images of (3, size, size).
+    """The task of running `model`, which stays as it is, on `batch` images of that size.
 
     device: where the model is. graph: ours replays a CUDA graph.
     """
     native = type(model).__module__.startswith("hybridops.")
+    height, width = _sides(size)
     world: Any = plain_torch if native else nullcontext
 
     def draw(seed: int) -> list[Tensor]:
         generator = torch.Generator().manual_seed(seed)
-        return [torch.randn(batch, 3, size, size, generator=generator).to(device)]
+        return [torch.randn(batch, 3, height, width, generator=generator).to(device)]
 
     def ours(task: Task) -> Candidate:
         return captured(task, optimized(task)) if graph else through(task, "auto")
 
-    repro = f"hybridops bench model {name} --batch {batch} --size {size} --dtype {dtype}"
+    repro = f"hybridops bench model {name} --batch {batch} --size {written(size)} --dtype {dtype}"
     repro += " --device cuda" * (device == "cuda") + " --graph" * graph
     return Task(
         kind="model",
         name=name,
-        case=str(size),
+        case=written(size),
         dtype=dtype,
         mode=mode,
         threads=threads,

@@ -107,7 +107,7 @@ class Profile:
         task = self.task
         return {
             **{k: getattr(task, k) for k in ("name", "dtype", "batch", "threads")},
-            "size": int(task.case),
+            "size": int(task.case) if task.case.isdigit() else task.case,
             "summary": self.summary,
             "doubt": self.doubt,
             "speedup": self.speedup.value,

@@ -23,6 +23,12 @@ WRONG = ("FAILED", "MISTRUSTED", "INVALID")
 VERDICTS = ("OK", "FAST", "SAME", "SLOW", "AMBIGUOUS", *WRONG, "SKIPPED")
 
 
+def in_pixels(case: str, times: str = "x") -> str:
+    """The image size of a model's row, whose case is "224" or "800x1066", height first."""
+    height, _, width = case.partition("x")
+    return f"{height}{times}{width or height}"
+
+
 class BadResult(ValueError):
     """A file that is not a result of `hybridops bench`."""
 

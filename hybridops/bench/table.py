@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import TextIO
 
 from .regress import Change
-from .result import Row
+from .result import Row, in_pixels
 
 _TARGET = "target"  # a column only where a row has one
 _COLUMNS = (
@@ -92,7 +92,7 @@ def _block(
 def _heading(row: Row) -> str:
     parts = [
         row.name,
-        row.case if row.kind == "op" else f"{row.case}x{row.case}",
+        row.case if row.kind == "op" else in_pixels(row.case),
         row.mode,
         row.dtype,
     ]

@@ -14,7 +14,7 @@ import importlib
 import os
 import sys
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from .. import __version__
 
@@ -207,7 +207,7 @@ def _add_profile(add) -> None:
     )
     profile.add_argument("model", metavar="MODEL", help=f"{MODEL_HELP}; or hf:NAME")
     profile.add_argument("--batch", type=_positive, default=1, metavar="N", help="default: 1")
-    profile.add_argument("--size", type=_positive, metavar="N", help="of the square images")
+    profile.add_argument("--size", type=image_size, metavar="N|HxW", help="of the images")
     profile.add_argument("--dtype", type=_dtypes, default=["fp32"], metavar="fp32,bf16")
     profile.add_argument("--threads", type=_positive, metavar="N", help="default: as torch chooses")
     profile.add_argument("--depth", type=_positive, metavar="N", help="default: up to 30 rows")
@@ -261,6 +261,16 @@ def _dtypes(text: str) -> list[str]:
     if not set(names) <= {"fp32", "bf16"}:
         raise argparse.ArgumentTypeError(f"must be of fp32 and bf16, got {text!r}")
     return names
+
+
+def image_size(text: str) -> Any:
+    """What --size takes: see read_size()."""
+    from ..bench.model_task import read_size
+
+    try:
+        return read_size(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _positive(text: str) -> int:

@@ -15,7 +15,7 @@ from ..bench import jobs, peers, regress, result, roof, table
 from ..bench.cases import CASES
 from ..bench.environment import environment
 from ..bench.sample import Settings
-from . import UserError, need_folder
+from . import UserError, image_size, need_folder
 
 SAVED = Path(".benchmarks") / "hybridops"
 REHEARSAL: dict[str, Any] = {"min_time": 1e-6, "max_noise": 0.5, "timeout": 1e-3, "most_rounds": 3}
@@ -282,7 +282,7 @@ def add_arguments(bench: argparse.ArgumentParser) -> None:
         "name", nargs="+", metavar="NAME", help="timm:NAME, hf:NAME, hybridops:NAME or a plain name"
     )
     model.add_argument("--batch", type=_whole_list, default=[1], metavar="N,…")
-    model.add_argument("--size", type=_whole_list, metavar="N,…", help="of the square images")
+    model.add_argument("--size", type=_sizes, metavar="N|HxW,…", help="of the images")
     model.add_argument("--mode", type=_list_of, metavar="infer,train", help="train: a step of SGD")
     model.add_argument(
         "--metric",
@@ -383,6 +383,10 @@ def _whole_list(text: str) -> list[int]:
     if not all(part.isdigit() and 0 < int(part) < 1 << 20 for part in parts):
         raise argparse.ArgumentTypeError(f"must be whole numbers from 1 on, got {text!r}")
     return [int(part) for part in parts]
+
+
+def _sizes(text: str) -> list:
+    return [image_size(part) for part in text.split(",")]
 
 
 def _share(text: str) -> float:

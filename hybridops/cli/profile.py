@@ -15,6 +15,7 @@ from ..backend import BackendUnavailable
 from ..bench.environment import environment
 from ..bench.model_task import build_model, full_name, model_task
 from ..bench.profile import Profile, Row, profile, rows
+from ..bench.result import in_pixels
 from ..bench.table import Bar
 from ..bench.task import threads
 from . import UserError, need_folder
@@ -79,7 +80,7 @@ def table(p: Profile, depth: int | None = None, columns: int | None = None) -> s
     """Aligned rows that add up to the whole model; cut to `columns` where a terminal has those."""
     task = p.task
     heading = (
-        f"{task.name}  {task.case}x{task.case}  batch {task.batch}  {task.dtype}  "
+        f"{task.name}  {in_pixels(task.case)}  batch {task.batch}  {task.dtype}  "
         f"{task.threads} thread{'s' * (task.threads != 1)}"
     )
     whole = Row("whole model", p.eager.ms, p.optimized.ms, _interval(p))

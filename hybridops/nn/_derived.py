@@ -3,18 +3,20 @@
 A module keeps its own parameters and buffers, so its state_dict never changes. What is derived from
 them is cached on the module together with the version of every source, and made again as soon as
 one changes: load_state_dict, an optimizer step, `.to()`, an assignment are all seen. Copies and
-pickles of a module leave the cache behind.
+pickles of a module leave the cache behind. Where a kernel reads a packed copy, nothing else is kept
+of a derived weight but its shape: see packed_weights().
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from operator import attrgetter, is_
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from .. import backend
 from ..ops import pack_conv, pack_linear
 from ..ops._contract import is_autocast_on
 from ..ops.layer import Weights
@@ -41,6 +43,7 @@ class _Entry(NamedTuple):
     aliases: tuple[Tensor, ...]
     pointers: tuple[int, ...]
     shapes: tuple[torch.Size, ...]
+    readable: bool  # whether gradients could be recorded when it was made: packed_weights()
     value: Any
 
 
@@ -51,7 +54,7 @@ def clear(module: nn.Module) -> None:
 
 def derived(
     owner: nn.Module,
-    name: str | tuple[str, torch.dtype],
+    name: Hashable,
     sources: Sequence[Tensor | None],
     make: Callable[[], Any],
 ) -> Any:
@@ -61,15 +64,20 @@ def derived(
     """
     if torch.compiler.is_compiling():
         return make()
-    if torch.is_grad_enabled() and any(s is not None and s.requires_grad for s in sources):
+    recording = torch.is_grad_enabled()
+    if recording and any(s is not None and s.requires_grad for s in sources):
         return make()
+    if backend.reference_forced():
+        name = name, "reference"  # which packs nothing
     cache = owner.__dict__.get(_KEY)
     if cache is None:
         cache = owner.__dict__[_KEY] = _Cache()
     entry = cache.get(name)
-    if entry is not None and _is_fresh(entry, sources):
+    if entry is not None and _is_fresh(entry, sources) and (entry.readable or not recording):
         return entry.value
-    with torch.inference_mode(False), torch.no_grad():
+    entry = None
+    cache.pop(name, None)  # gone before the new one comes
+    with torch.inference_mode(False), torch.set_grad_enabled(recording):
         value = make()
     tensors = tuple(s for s in sources if s is not None)
     if not any(t.is_inference() for t in tensors):  # those carry no version to watch
@@ -80,6 +88,7 @@ def derived(
             tuple(t.detach() for t in tensors),
             tuple(map(Tensor.data_ptr, tensors)),
             tuple(map(_shape, tensors)),
+            recording,
             value,
         )
     return value
@@ -141,7 +150,24 @@ def in_graph(weight: Tensor) -> bool:
     return torch.compiler.is_compiling() or (torch.is_grad_enabled() and weight.requires_grad)
 
 
-def _weights(owner, name, sources, fold, pack) -> Weights:
+def packed_weights(
+    weight: Tensor, bias: Tensor | None, pack: Callable[[Tensor], Tensor | None]
+) -> Weights:
+    """A layer as the kernels take it, pack(weight) beside it where that may leave the graph.
+
+    Of the weight a kernel then asks no more than shape and dtype. Only gradients read its numbers,
+    and the reference, which packs nothing; for all others a single NaN stands for all of them, so
+    that memory holds a weight once and a reader it should not have had cannot go unseen.
+    """
+    if in_graph(weight) or backend.reference_forced():
+        return Weights(weight, bias)
+    packed = pack(weight)
+    if packed is not None and not torch.is_grad_enabled():
+        weight = weight.new_full((), torch.nan).expand(weight.shape)
+    return Weights(weight, bias, packed)
+
+
+def folded_weights(owner, name, sources, fold, pack) -> Weights:
     """What fold() gives, packed; under autocast in its dtype, rounded once behind the fold."""
     lead = sources[0]
     dtype = torch.get_autocast_dtype(lead.device.type) if is_autocast_on(lead) else None
@@ -150,7 +176,7 @@ def _weights(owner, name, sources, fold, pack) -> Weights:
         weight, bias = fold()
         if dtype is not None and weight.dtype != torch.float64:
             weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
-        return Weights(weight, bias, None if in_graph(weight) else pack(weight))
+        return packed_weights(weight, bias, pack)
 
     return derived(owner, name if dtype is None else (name, dtype), sources, make)
 
@@ -159,7 +185,7 @@ def linear_weights(owner: nn.Module, name: str, linear: Any, norm: Any = None) -
     """An nn.Linear (or 1x1 convolution), with the eval-mode BatchNorm behind it folded in."""
     weight, bias = linear.weight, linear.bias
     sources = (weight, bias, *_norm_sources(norm))
-    return _weights(
+    return folded_weights(
         owner, name, sources, lambda: fold_behind(weight.flatten(1), bias, norm), pack_linear
     )
 
@@ -168,7 +194,9 @@ def normed_linear_weights(owner: nn.Module, name: str, norm: Any, linear: Any) -
     """An nn.Linear with the eval-mode BatchNorm in front of it folded in (LeViT's heads)."""
     weight, bias = linear.weight, linear.bias
     sources = (weight, bias, *_norm_sources(norm))
-    return _weights(owner, name, sources, lambda: fold_in_front(weight, bias, norm), pack_linear)
+    return folded_weights(
+        owner, name, sources, lambda: fold_in_front(weight, bias, norm), pack_linear
+    )
 
 
 def weight_rows(
@@ -190,18 +218,18 @@ def weight_rows(
         part = None if bias is None else bias[first : first + stop - start]
         return weight[start:stop], part
 
-    return _weights(owner, name, (weight, bias), rows, pack_linear)
+    return folded_weights(owner, name, (weight, bias), rows, pack_linear)
 
 
 def conv_weights(owner: nn.Module, name: str, conv: Any, norm: Any = None) -> Weights:
     """An nn.Conv2d of a stem, with the eval-mode BatchNorm behind it folded in."""
     weight, bias = conv.weight, conv.bias
     sources = (weight, bias, *_norm_sources(norm))
-    return _weights(owner, name, sources, lambda: fold_behind(weight, bias, norm), pack_conv)
+    return folded_weights(owner, name, sources, lambda: fold_behind(weight, bias, norm), pack_conv)
 
 
 def patch_weights(owner: nn.Module, name: str, conv: Any, norm: Any = None) -> Weights:
     """An nn.Conv2d that cuts an image into patches."""
     weight, bias = conv.weight, conv.bias
     sources = (weight, bias, *_norm_sources(norm))
-    return _weights(owner, name, sources, lambda: fold_behind(weight, bias, norm), pack_patch)
+    return folded_weights(owner, name, sources, lambda: fold_behind(weight, bias, norm), pack_patch)

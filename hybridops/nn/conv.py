@@ -9,6 +9,7 @@ residual passes of their own. Results are channels_last, so that the last ones a
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -52,7 +53,8 @@ _reorder: Any = torch._C._nn.mkldnn_reorder_conv2d_weight  # torch's own stub la
 class Conv:
     """One convolution as inference runs it; weight (Co, Ci / groups, kh, kw), bias (Co,) or None.
 
-    padding: (rows, columns), or "SAME" as TensorFlow means it.
+    padding: (rows, columns), or "SAME" as TensorFlow means it. again(): a weight that can be made
+    again, and so is not kept beside its packed copy.
     """
 
     def __init__(
@@ -63,12 +65,23 @@ class Conv:
         padding: tuple[int, int] | str = (0, 0),
         dilation: tuple[int, int] = (1, 1),
         groups: int = 1,
+        again: Callable[[], Tensor] | None = None,
     ) -> None:
-        self.weight, self.bias = weight, bias
+        self._weight: Tensor | None = weight
+        self._again = again
+        self.bias, self.kernel, self.dtype = bias, weight.shape[2:], weight.dtype
         self.same = padding == "SAME"
         self.padding: Any = (0, 0) if self.same else padding
         self.stride, self.dilation, self.groups = stride, dilation, groups
         self._packings: dict[torch.Size, Tensor] = {}
+
+    @property
+    def weight(self) -> Tensor:
+        if self._weight is None:
+            assert self._again is not None
+            with torch.inference_mode(False), torch.no_grad():
+                self._weight = self._again()
+        return self._weight
 
     def __call__(
         self,
@@ -85,7 +98,7 @@ class Conv:
         cannot serve, and while gradients are recorded or a graph is traced.
         """
         if self.same:
-            x = same_pad(x, self.weight.shape[2:], self.stride, self.dilation)
+            x = same_pad(x, self.kernel, self.stride, self.dilation)
         if not self._runs_packed(x, residual):
             if x.is_cuda:  # what cuDNN's kernels for tensor cores read
                 x = x.contiguous(memory_format=torch.channels_last)
@@ -120,13 +133,13 @@ class Conv:
         if torch.compiler.is_compiling() or backend.reference_forced():
             return False
         if torch.is_grad_enabled():
-            tensors = (x, self.weight, self.bias, residual)
+            tensors = (x, self._weight, self.bias, residual)
             if any(t is not None and t.requires_grad for t in tensors):
                 return False
         return (
             x.is_cpu
             and x.numel() > 0
-            and x.dtype == self.weight.dtype
+            and x.dtype == self.dtype
             and (residual is None or residual.dtype == x.dtype)
             and _has_onednn(x.dtype)
             and not torch.is_autocast_enabled("cpu")
@@ -147,6 +160,8 @@ class Conv:
                     shape,
                 )
             self._packings[shape] = packed
+            if self._again is not None:
+                self._weight = None
         return packed
 
 
@@ -205,19 +220,26 @@ class StdConv2dSame(nn.Conv2d):
         return F.conv2d(x, weight, None, self.stride, self.padding, self.dilation, self.groups)
 
 
-def folded_conv(conv: Any, norm: Any = None, weight: Tensor | None = None) -> Conv:
+def folded_conv(conv: Any, norm: Any = None, standardised: bool = False) -> Conv:
     """An nn.Conv2d with the eval-mode BatchNorm behind it (or None) as one Conv.
 
-    weight: in place of conv.weight (standardised, say).
+    standardised: whether it standardises its weight, with its own eps.
     """
-    weight = conv.weight if weight is None else weight
-    weight, bias = fold_behind(weight, conv.bias, norm)
+
+    def fold():
+        weight = standardise(conv.weight, conv.eps) if standardised else conv.weight
+        return fold_behind(weight, conv.bias, norm)
+
+    weight, bias = fold()
+    again = None
     if not in_graph(weight):
+        if weight.is_cpu and weight is not conv.weight:
+            again = lambda: fold()[0]  # noqa: E731
         weight, bias = weight.detach(), None if bias is None else bias.detach()
         if weight.is_cuda:
             weight = weight.contiguous(memory_format=torch.channels_last)
     padding = "SAME" if getattr(conv, "same_pad", False) else conv.padding
-    return Conv(weight, bias, conv.stride, padding, conv.dilation, conv.groups)
+    return Conv(weight, bias, conv.stride, padding, conv.dilation, conv.groups, again)
 
 
 def conv_of(owner: nn.Module, name: str, conv: Any, norm: Any = None) -> Conv:
@@ -225,7 +247,6 @@ def conv_of(owner: nn.Module, name: str, conv: Any, norm: Any = None) -> Conv:
     sources = (conv.weight, conv.bias, *_norm_sources(norm))
 
     def make():
-        weight = standardise(conv.weight, conv.eps) if isinstance(conv, StdConv2dSame) else None
-        return folded_conv(conv, norm, weight)
+        return folded_conv(conv, norm, isinstance(conv, StdConv2dSame))
 
     return derived(owner, name, sources, make)

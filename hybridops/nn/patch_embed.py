@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .. import backend, ops
 from ..ops import pack_patch
-from ._derived import Weights, derived, in_graph, patch_weights
+from ._derived import folded_weights, patch_weights
 from ._fusion import CONVS, is_plain, keeps_fp32, norm_args
 
 Size = int | tuple[int, int]
@@ -131,16 +131,15 @@ class PatchEmbed(nn.Module):
         """The convolution of raw pixels: weight / (unit * std), bias - weight @ (mean / std)."""
         weight, bias, mean, std = self.proj.weight, self.proj.bias, self.mean, self.std
 
-        def make():
+        def fold():
             wide = weight.double() / std.double()[:, None, None]
             shift = -(wide * mean.double()[:, None, None]).sum((1, 2, 3))
             shift = shift if bias is None else shift + bias.double()
             folded = (wide / 255 if is_bytes else wide).to(weight.dtype)
-            packed = None if in_graph(folded) else pack_patch(folded)
-            return Weights(folded, shift.to(weight.dtype), packed)
+            return folded, shift.to(weight.dtype)
 
         name = "bytes" if is_bytes else "floats"
-        return derived(self, name, (weight, bias, mean, std), make)
+        return folded_weights(self, name, (weight, bias, mean, std), fold, pack_patch)
 
     def _normalised(self, x):
         unit = 255 if x.dtype == torch.uint8 else 1

@@ -365,7 +365,8 @@ def _autocast_layer(layer):
     if not isinstance(layer.weight, Tensor):
         return layer
     weight, bias = autocast(layer.weight, layer.bias)
-    return layer._replace(weight=weight, bias=bias, packed=None)
+    packed = layer.packed if weight is layer.weight else None  # it packs the weight as it was
+    return layer._replace(weight=weight, bias=bias, packed=packed)
 
 
 def _check_layer(name, layer, first, channels, size):

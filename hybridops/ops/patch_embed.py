@@ -160,10 +160,11 @@ def patch_embed(
         raise TypeError(f"{op}: image must be a Tensor, got {type(image).__name__}")
     norm_weight, norm_bias, eps = unpack_norm(op, norm)
     if is_autocast_on(image):
+        given = weight
         weight, bias, norm_weight, norm_bias, pos_embed, prefix = autocast(
             weight, bias, norm_weight, norm_bias, pos_embed, prefix
         )
-        packed = None
+        packed = packed if weight is given else None  # it packs the weight as it was
         image = image if image.dtype == torch.uint8 else image.to(weight.dtype)
     check_tensor(op, "weight", weight, 4)
     if image.dtype != torch.uint8:

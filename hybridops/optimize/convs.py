@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..nn.conv import folded_conv, not_bare_conv, standardise
+from ..nn.conv import folded_conv, not_bare_conv
 from ..ops import group_norm
 from .fast import Fast, activation_name, dotted, original_class
 
@@ -151,7 +151,7 @@ class Step:
             self.conv = link.conv
         else:
             norm = None if self.norm is not None else link.norm
-            self.conv = folded_conv(link.conv, norm, standardised(link.conv))
+            self.conv = folded_conv(link.conv, norm, is_standardised(link.conv))
 
     def __call__(self, x: Tensor) -> Tensor:
         if self.activation == "called":
@@ -178,11 +178,9 @@ def _is_group(norm):
     return path_of(norm) in _GROUP_NORMS
 
 
-def standardised(conv: Any) -> Tensor | None:
-    """The weight of a weight-standardised convolution as it is used; None for other ones."""
-    if path_of(conv) not in STANDARDISED:
-        return None
-    return standardise(conv.weight, conv.eps)
+def is_standardised(conv: Any) -> bool:
+    """Whether this convolution standardises its weight."""
+    return path_of(conv) in STANDARDISED
 
 
 def steps(modules: Iterable[nn.Module | None]) -> list[Step]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as _module
 
 from .. import backend
-from ..nn._derived import Weights, derived, fold_behind, in_graph
+from ..nn._derived import Weights, derived, fold_behind, packed_weights
 from ..ops import pack_linear, pack_patch
 from ..ops._contract import is_autocast_on
 
@@ -318,7 +318,7 @@ def activation_name(module: nn.Module) -> str | None:
 
 # weights, made inside derive()
 def packed_linear(weight: Tensor, bias: Tensor | None) -> Weights:
-    return Weights(weight, bias, None if in_graph(weight) else pack_linear(weight))
+    return packed_weights(weight, bias, pack_linear)
 
 
 def scaled(linear: Any, gamma: Tensor | None = None) -> Weights:
@@ -338,8 +338,7 @@ def batch_normed(linear: Any, norm: Any) -> Weights:
 
 def packed_patch(conv: Any) -> Weights:
     """An nn.Conv2d that cuts an image into patches."""
-    weight = conv.weight
-    return Weights(weight, conv.bias, None if in_graph(weight) else pack_patch(weight))
+    return packed_weights(conv.weight, conv.bias, pack_patch)
 
 
 def norm_of(norm: Any) -> tuple[Tensor, Tensor | None, float]:

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import nn
 
-from ..nn._derived import fold_behind, fold_in_front, in_graph
+from ..nn._derived import fold_behind, fold_in_front, packed_weights
 from ..ops import ConvLayer, attention, conv_stem, linear, pack_conv
 from ..ops.chain import Layer, attention_step, mlp_step, subsample_step
 from .chained import Chained
@@ -97,9 +97,8 @@ class NormLinear(Fast):
 def conv_layer(layer: Any, activation: str) -> ConvLayer:
     """A convolution, the BatchNorm behind it and the activation behind that."""
     conv, norm = pair(layer)
-    weight, bias = fold_behind(conv.weight, conv.bias, norm)
-    packed = None if in_graph(weight) else pack_conv(weight)
-    return ConvLayer(weight, bias, conv.stride[0], conv.padding[0], activation, packed)
+    w = packed_weights(*fold_behind(conv.weight, conv.bias, norm), pack_conv)
+    return ConvLayer(w.weight, w.bias, conv.stride[0], conv.padding[0], activation, w.packed)
 
 
 def not_conv_norm(name: str, layer: Any) -> str | None:

@@ -27,7 +27,7 @@ from timm.models.levit import (
 )
 from torch import nn
 
-from ..nn._derived import fold_behind, fold_in_front, in_graph
+from ..nn._derived import fold_behind, fold_in_front, packed_weights
 from ..ops import (
     ConvLayer,
     attention,
@@ -123,9 +123,8 @@ class FastConvNorm(Fast, ConvNorm):
 def conv_layer(layer, activation):
     """A ConvNorm and the activation behind it, for conv_stem."""
     conv = layer.linear
-    weight, bias = fold_behind(conv.weight, conv.bias, layer.bn)
-    packed = None if in_graph(weight) else pack_conv(weight)
-    return ConvLayer(weight, bias, conv.stride[0], conv.padding[0], activation, packed)
+    w = packed_weights(*fold_behind(conv.weight, conv.bias, layer.bn), pack_conv)
+    return ConvLayer(w.weight, w.bias, conv.stride[0], conv.padding[0], activation, w.packed)
 
 
 class _Stem(Fast):

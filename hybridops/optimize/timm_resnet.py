@@ -13,7 +13,7 @@ from torch import nn
 
 from ..nn.conv import folded_conv, not_bare_conv
 from ..ops import group_norm
-from .convs import TRAINING, Chain, Residual, Stem, run, standardised, why_not
+from .convs import TRAINING, Chain, Residual, Stem, is_standardised, run, why_not
 from .fast import Fast, activation_name
 
 
@@ -72,7 +72,7 @@ class _StdConv(Fast):
         return self.replaces.forward(self, x) if conv is None else conv(x)
 
     def derive(self):
-        return folded_conv(self, None, standardised(self))
+        return folded_conv(self, None, is_standardised(self))
 
 
 class FastStdConv2d(_StdConv, StdConv2d):

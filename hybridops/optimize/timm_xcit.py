@@ -5,7 +5,7 @@ from __future__ import annotations
 from timm.models.xcit import ConvPatchEmbed
 from torch import nn
 
-from ..nn._derived import fold_behind, in_graph
+from ..nn._derived import fold_behind, packed_weights
 from ..ops import ConvLayer, conv_stem, pack_conv
 from .convs import TRAINING, one_dtype_in, read_chain, why_not
 from .fast import Fast, first, not_foldable_norm, not_plain_conv
@@ -43,6 +43,5 @@ def _not_plain(link):
 
 def _layer(link):
     conv = link.conv
-    weight, bias = fold_behind(conv.weight, conv.bias, link.norm)
-    packed = None if in_graph(weight) else pack_conv(weight)
-    return ConvLayer(weight, bias, conv.stride[0], conv.padding[0], link.activation, packed)
+    w = packed_weights(*fold_behind(conv.weight, conv.bias, link.norm), pack_conv)
+    return ConvLayer(w.weight, w.bias, conv.stride[0], conv.padding[0], link.activation, w.packed)

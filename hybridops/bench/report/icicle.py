@@ -7,6 +7,7 @@ from typing import Any
 
 from .. import profile as profiles
 from ..profile import Node, Profile, Side
+from ..result import in_pixels
 from .chart import percent, svg, text
 from .page import colours, e, machine, many, page
 
@@ -31,7 +32,7 @@ def profile_html(found: Sequence[Profile], env: dict[str, Any], depth: int | Non
 def facts(p: Profile) -> str:
     """What was run, in a line."""
     task = p.task
-    size = f"{task.case} × {task.case}"
+    size = in_pixels(task.case, " × ")
     return f"{task.dtype} · batch {task.batch} · {size} · {many(task.threads, 'thread')}"
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import hybridops
 
-from ..result import Row
+from ..result import Row, in_pixels
 
 OPEN_BARS, OPEN_ROWS = 300, 60  # more than that: panels are closed, with a summary each
 Panel = tuple[str, str, str]  # title, summary, body
@@ -86,7 +86,7 @@ def panel_title(run: Run, row: Row) -> str:
 def case_title(row: Row) -> str:
     if row.kind != "model":
         return row.case
-    return f"batch {row.batch}, {row.case} × {row.case}"
+    return f"batch {row.batch}, {in_pixels(row.case, ' × ')}"
 
 
 def row_title(row: Row) -> str:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Sequence
 
 from .. import regress, roof
-from ..result import WRONG, Row
+from ..result import WRONG, Row, in_pixels
 from ..table import figures
 from . import chart
 from .chart import Lane, Log
@@ -105,7 +105,7 @@ def latency(runs: Sequence[Run]) -> str:
 def _sizes(row: Row) -> Iterable[tuple[str, str, float]]:
     """The axes along which a row may stand in a series: (axis, what is fixed, where it stands)."""
     if row.kind == "model" and row.batch:
-        yield "images in the batch", f"{row.case} × {row.case}", row.batch
+        yield "images in the batch", in_pixels(row.case, " × "), row.batch
         if row.case.isdigit() and int(row.case):
             yield "image size", f"batch {row.batch}", int(row.case)
     elif row.batch:
