@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -11,8 +13,9 @@ from torch import Tensor, nn
 
 from hybridops.compat import import_timm
 
-import_timm()  # makes torchvision importable, which transformers imports
-import transformers  # noqa: E402
+with suppress(ImportError):
+    import_timm()  # makes torchvision importable, which transformers imports
+import transformers
 
 SIZES = {"d_model": 32, "encoder_attention_heads": 4, "decoder_attention_heads": 4}
 SIZES |= {"encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "encoder_layers": 1, "decoder_layers": 2}
@@ -33,8 +36,6 @@ RT = {
 
 def theirs(model: str) -> Any:
     """transformers' module of that name."""
-    from importlib import import_module
-
     return import_module(f"transformers.models.{model}.modeling_{model}")
 
 

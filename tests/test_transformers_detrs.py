@@ -13,10 +13,15 @@ from torch import nn
 
 from hybridops import explain, optimize, verify
 
-transformers = pytest.importorskip("transformers")
-pytest.importorskip("timm")
+pytest.importorskip("transformers")
 
-from detrs import MODELS, added, batch, build, padding, timms_resnet  # noqa: E402
+from detrs import MODELS, added, batch, build, padding, timms_resnet
+
+
+@pytest.fixture(autouse=True)
+def _importable(timm):
+    """timm makes torchvision importable, which transformers imports."""
+
 
 RULES = {
     "conditional_detr": "EncoderLayer DecoderLayer SelfAttention DecoderCrossAttention MLP",
