@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -12,12 +13,13 @@ from hybridops.bench import parity as measured
 from hybridops.bench.parity import parity
 from hybridops.bench.parity_models import MODELS, Small, of_file
 from hybridops.cli import main
-from hybridops.cli.parity import markdown
+from hybridops.cli.parity import _INTRODUCTION, markdown
 from hybridops.optimize.rules import RULES
 
 VIT = next(m for m in MODELS if m.name == "timm:vit_tiny_patch16_224")
 CPVT = Small("hybridops:cpvt_tiny", 16, {"depth": 1, "patch_size": 8})
-OFFICIAL = Path(__file__).with_name("official.py")
+FILES = tuple(Path(__file__).with_name(name) for name in ("official.py", "detrs.py"))
+WITHOUT = {"hybridops.nn.block:DropPath"}
 MLP = "timm.layers.mlp:Mlp"
 
 
@@ -92,7 +94,7 @@ def test_a_model_that_cannot_be_built_is_named(timm):
 
 
 def test_models_of_a_file(tmp_path, capsys):
-    file, data = OFFICIAL, tmp_path / "parity.json"
+    file, data = FILES[0], tmp_path / "parity.json"
     assert main(["parity", "official:twins", "--models", str(file), "--json", str(data)]) == 0
     found = {row["path"]: row for row in json.loads(data.read_text())["classes"]}
     entry = found["Twins' GroupAttention"]
@@ -116,16 +118,18 @@ def own_entries():
 
 def test_the_page_lists_every_class():
     page = (Path(__file__).parents[1] / "docs" / "parity.md").read_text()
+    assert _INTRODUCTION in page
+    assert all(f"--models tests/{file.name} " in page for file in FILES)
+    assert page.count("\n- `") == len(WITHOUT)
     assert not [path for path in own_entries() if f"`{path}`" not in page]
     assert ", 0 failed" in page
 
 
 @pytest.mark.models
 def test_every_class_has_its_figures():
-    table = parity([*MODELS, *of_file(OFFICIAL)])
+    table = parity([*MODELS, *chain.from_iterable(map(of_file, FILES))])
     assert not table.unbuilt
-    without = {path for path in own_entries() if table.entries[path].status != "ok"}
-    assert without == {"hybridops.nn.block:DropPath"}
+    assert {path for path in own_entries() if table.entries[path].status != "ok"} == WITHOUT
     assert table.ok
 
 

@@ -11,46 +11,11 @@ from check import accurate
 from parity import doubled, parity, reasons, run, wake
 from torch import nn
 
-from hybridops import explain, optimize
+from hybridops import explain, optimize, verify
 
-transformers = pytest.importorskip("transformers")
-SIZES = {"d_model": 32, "encoder_attention_heads": 4, "decoder_attention_heads": 4}
-SIZES |= {"encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "encoder_layers": 1, "decoder_layers": 2}
-SIZES |= {"num_queries": 7, "dropout": 0.0, "num_labels": 5}
-RESNET = {"embedding_size": 8, "hidden_sizes": [16, 24, 32, 40], "depths": [1, 1, 1, 1]}
-RT = {
-    "encoder_hidden_dim": 32,
-    "encoder_in_channels": [24, 32, 40],
-    "encoder_attention_heads": 4,
-    "num_attention_heads": 4,
-    "decoder_in_channels": [32, 32, 32],
-    "decoder_n_points": 2,
-    "num_denoising": 0,
-    "eval_size": None,
-    "hidden_expansion": 0.5,
-}
+pytest.importorskip("transformers")
 
-
-def backbone(kind="resnet", **options) -> Any:
-    last = {"out_features": ["stage2", "stage3", "stage4"]} if kind != "resnet" else {}
-    kinds = {"resnet": "ResNetConfig", "rt": "RTDetrResNetConfig"}
-    return getattr(transformers, kinds[kind])(**RESNET | last | options)
-
-
-def build(name: str, **kwargs: Any) -> nn.Module:
-    options: dict[str, Any] = SIZES | kwargs
-    last = {"backbone_config": backbone(out_features=["stage4"])}
-    if name == "dab-detr":
-        options |= last | {"hidden_size": options.pop("d_model")}
-    elif name.startswith("rt_detr"):
-        options |= RT | {"backbone_config": backbone("rt")}
-    elif name == "deformable_detr":
-        options |= {"backbone_config": backbone(out_features=["stage2", "stage3", "stage4"])}
-        options |= {"num_feature_levels": 3, "encoder_n_points": 2, "decoder_n_points": 2}
-    else:
-        options |= last
-    config = transformers.AutoConfig.for_model(name, **options)
-    return transformers.AutoModel.from_config(config)
+from detrs import MODELS, added, batch, build, padding, timms_resnet
 
 
 @pytest.fixture(autouse=True)
@@ -58,14 +23,7 @@ def _importable(timm):
     """timm makes torchvision importable, which transformers imports."""
 
 
-def batch() -> tuple[torch.Tensor, torch.Tensor]:
-    """Two images, the second of 3/4 the height and half the width."""
-    mask = torch.ones(2, 128, 160)
-    mask[1, 96:], mask[1, :, 80:] = 0, 0
-    return torch.randn(2, 3, 128, 160), mask
-
-
-MODELS = {
+RULES = {
     "conditional_detr": "EncoderLayer DecoderLayer SelfAttention DecoderCrossAttention MLP",
     "table-transformer": "EncoderLayer DecoderLayer Attention",
     "dab-detr": "EncoderLayer DecoderLayer Attention",
@@ -75,15 +33,17 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", RULES)
 def test_parity(name):
-    """Each layer's verify() is below: here the decoders' first tokens are zeros."""
     model = build(name)
     found = {layer.rule.partition(":Fast")[2] for layer in explain(model).layers if layer.rule}
-    assert found >= set(MODELS[name].split())
-    if name == "dab-detr":  # theirs does not run in float64
-        return
-    parity(model, *batch(), channels_last=True, check=name.startswith("rt"))
+    assert found >= set(RULES[name].split())
+    if name == "dab-detr":  # theirs does not run in float64, its layers do
+        args = batch()
+        result = verify(optimize(wake(model, args)), args)
+        assert result.ok, result
+    else:
+        parity(model, *batch(), channels_last=True)
 
 
 @pytest.mark.parametrize("name", ["conditional_detr", "table-transformer", "rt_detr"])
@@ -104,17 +64,6 @@ def test_the_padding_is_not_attended_to(name):
     kept = run(model, (images, mask))[0]
     assert (lost[1] - kept[1]).abs().max() > 1e-3
     torch.testing.assert_close(lost[0], kept[0], rtol=1e-4, atol=1e-5)
-
-
-def padding(B: int, N: int, M: int) -> torch.Tensor:
-    """transformers' mask of keys, True where it looks: of the last image only three quarters."""
-    keys = torch.ones(B, M, dtype=torch.bool)
-    keys[-1, 3 * M // 4 :] = False
-    return keys[:, None, None].expand(B, 1, N, M)
-
-
-def added(mask: torch.Tensor) -> torch.Tensor:
-    return torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
 
 
 @pytest.mark.parametrize("as_floats", [False, True], ids=["bool", "float"])
@@ -178,50 +127,22 @@ def test_dab_layers_in_bfloat16(place):
     accurate(run(optimize(layer), args)[0], torchs[0], exact[0], "bf16")
 
 
-def omdet(name: str) -> tuple[nn.Module, tuple[Any, ...]]:
-    from transformers.models.omdet_turbo import modeling_omdet_turbo as theirs
-
-    config = transformers.OmDetTurboConfig(encoder_hidden_dim=32, num_attention_heads=4)
-    config.encoder_dim_feedforward = 48
-    x, y = torch.randn(2, 2, 9, 32)
-    if name == "attention":
-        layer = theirs.OmDetTurboMultiheadAttention(config, 32, 4, 0.0)
-        return layer, (x, y, x + y, added(padding(2, 9, 9)))
-    if name == "layer":
-        return theirs.OmDetTurboEncoderLayer(config), (x, added(padding(2, 9, 9)), y)
-    return theirs.OmDetTurboRepVggBlock(config), (torch.randn(2, 32, 9, 7),)
+PARTS = {  # of models, with what parity() is told of each
+    "omdet_turbo attention": {},
+    "omdet_turbo layer": {"gradients": False},
+    "omdet_turbo convolutions": {"gradients": False, "channels_last": True},
+    "d_fine attention": {},
+    "d_fine convolutions": {"gradients": False, "channels_last": True},
+    "maskformer layer": {},
+    "resnet": {"gradients": False, "channels_last": True},
+    "rt_detr backbone": {"gradients": False, "channels_last": True},
+}
 
 
-@pytest.mark.parametrize("name", ["attention", "layer", "convolutions"])
-def test_omdet(name):
-    layer, args = omdet(name)
-    parity(layer, *args, gradients=name == "attention", channels_last=name == "convolutions")
-
-
-def test_d_fine():
-    from transformers.models.d_fine import modeling_d_fine as theirs
-
-    config = transformers.DFineConfig(attn_implementation="sdpa")
-    block = theirs.DFineRepVggBlock(config, 20, 20)
-    parity(block, torch.randn(2, 20, 9, 7), gradients=False, channels_last=True)
-    x, positions = torch.randn(2, 2, 9, 32)
-    parity(theirs.DFineSelfAttention(config, 32, 4), x, padding(2, 9, 9), positions)
-
-
-def test_maskformer_decoder_layer():
-    from transformers.models.maskformer import modeling_maskformer as theirs
-
-    options = SIZES | {"backbone_config": backbone(out_features=["stage4"])}
-    config = transformers.DetrConfig(**options, attn_implementation="sdpa")
-    layer = theirs.MaskFormerDetrDecoderLayer(config)
-    x, positions = torch.randn(2, 2, 7, 32)
-    memory, places = torch.randn(2, 2, 11, 32)
-    parity(layer, x, None, places, positions, memory, padding(2, 7, 11))
-
-
-def test_resnet():
-    config = transformers.ResNetConfig(**RESNET, layer_type="basic")
-    parity(transformers.ResNetModel(config), batch()[0], gradients=False, channels_last=True)
+@pytest.mark.parametrize("name", PARTS)
+def test_parts(name):
+    make, arguments = MODELS[name]
+    parity(make(), *arguments(), **PARTS[name])
 
 
 def test_what_no_kernel_serves_says_why():
@@ -236,14 +157,10 @@ def test_what_no_kernel_serves_says_why():
     "name", ["ConditionalDetr", "TableTransformer", "DeformableDetr", "DabDetr"]
 )
 def test_timms_resnet_as_backbone(name):
-    import importlib
-
     model = {"DabDetr": "dab_detr", "TableTransformer": "table_transformer"}.get(
         name, name.replace("Detr", "_detr").lower()
     )
-    theirs = importlib.import_module(f"transformers.models.{model}.modeling_{model}")
-    config = getattr(transformers, f"{name}Config")(backbone="resnet26")
-    encoder = getattr(theirs, f"{name}ConvEncoder")(config).eval()
+    encoder = timms_resnet(model, name).eval()
     found = {layer.rule.partition(":Fast")[2] for layer in explain(encoder).layers if layer.rule}
     assert found >= ({"Bottleneck"} if name == "DabDetr" else {"ConvEncoder", "Bottleneck"})
     x, mask = torch.randn(1, 3, 64, 96), torch.ones(1, 64, 96)

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from test_optimize import NAMES, build, image, run
+from torch import nn
 
 import hybridops
 from hybridops import optimize, report, verify
@@ -112,6 +113,35 @@ def test_asleep_gates_are_mistrusted(timm, monkeypatch):
     assert not result.trusted
     assert not result.ok
     assert "MISTRUSTED" in str(result)
+
+
+class ToEqualTokens(nn.Module):
+    """Which of them its queries choose does not show, as in DETR's first decoder layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.attn = nn.MultiheadAttention(24, 3, kdim=16, vdim=16, batch_first=True)
+
+    def forward(self, x):
+        tokens = x.new_ones(x.shape[0], 7, 16)
+        return self.attn(x, tokens, tokens, need_weights=False)[0]
+
+
+def test_what_equal_tokens_hide_is_measured_on_others(monkeypatch):
+    from hybridops.optimize.torch_transformer import FastMultiheadAttention
+
+    model, x = optimize(ToEqualTokens().eval()), torch.randn(2, 5, 24)
+    result = verify(model, x)
+    assert result.ok, result
+    forward = FastMultiheadAttention.forward
+
+    def faulty(self, query, *args, **kwargs):
+        return forward(self, 1.01 * query, *args, **kwargs)
+
+    monkeypatch.setattr(FastMultiheadAttention, "forward", faulty)
+    result = verify(model, x)
+    assert result.trusted
+    assert not result.ok
 
 
 def test_wrong_shape_and_nan_are_problems(timm, monkeypatch):

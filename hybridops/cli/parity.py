@@ -16,12 +16,14 @@ from ..bench.table import Bar
 from . import UserError, need_folder
 
 _INTRODUCTION = """\
-Written by `hybridops parity --models tests/official.py --out docs/parity.md`. Errors are the
-largest, against float64, relative to the rms of the exact result, in fp32, of the worst layer of
-each class in small real models; × is ours over torch's own. Allowed: forward 2 × torch's own + 4
-eps, backward (gradients of all inputs and parameters, in training mode) 3 × + 12 eps. A ratio above
-that is within the rule where both errors are a few eps. –: nothing of ours runs there (a rule for
-inference alone, say). The authors' own classes are known by their shape, and measured in copies.
+Written by
+`hybridops parity --models tests/official.py --models tests/detrs.py --out docs/parity.md`. Errors
+are the largest, against float64, relative to the rms of the exact result, in fp32, of the worst
+layer of each class in small real models; × is ours over torch's own. Allowed: forward 2 × torch's
+own + 4 eps, backward (gradients of all inputs and parameters, in training mode) 3 × + 12 eps. A
+ratio above that is within the rule where both errors are a few eps. –: nothing of ours runs there
+(a rule for inference alone, say). The authors' own classes are known by their shape, and measured
+in copies.
 """
 
 

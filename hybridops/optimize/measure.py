@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -63,7 +63,7 @@ class Call(NamedTuple):
 
     def doubled(self) -> Call:
         """The call with its floating-point tensors in float64."""
-        return Call(self.method, *pytree.tree_map_only(Tensor, _double, (self.args, self.kwargs)))
+        return self._with(_double)
 
     def jittered(self, generator: torch.Generator) -> Call:
         """The call with its floating-point tensors changed a little."""
@@ -74,7 +74,24 @@ class Call(NamedTuple):
             noise = torch.randn(x.shape, generator=generator).to(x.device, x.dtype)
             return x * (1 + JITTER * noise)
 
-        return Call(self.method, *pytree.tree_map_only(Tensor, jitter, (self.args, self.kwargs)))
+        return self._with(jitter)
+
+    def stirred(self, generator: torch.Generator) -> Call:
+        """The call with noise of ordinary size added to its floating-point tensors.
+
+        Tokens that are zero or all alike hide what attention does with them: DETR's decoders start
+        with such. A mask that is added to scores, 0 or very negative, hides what it hid.
+        """
+
+        def stir(x: Tensor) -> Tensor:
+            if not x.is_floating_point():
+                return x
+            return x + torch.randn(x.shape, generator=generator).to(x.device, x.dtype)
+
+        return self._with(stir)
+
+    def _with(self, change: Callable[[Tensor], Tensor]) -> Call:
+        return Call(self.method, *pytree.tree_map_only(Tensor, change, (self.args, self.kwargs)))
 
 
 class ChannelsLast(TorchFunctionMode):
