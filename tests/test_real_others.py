@@ -20,6 +20,7 @@ TORCHVISION_SLOW = {
     "maxvit_t": Real(224, False, "Partition Attention"),
     "resnet50": Real(96, False, "ResNet Bottleneck"),
 }
+_DETR = "ConvEncoder EncoderLayer DecoderLayer"
 _LAYERS = "Layer Attention MLP PatchEmbeddings"
 HF = {"segformer": Real(64, False, "Attention MLP PatchEmbeddings")}
 HF_SLOW = {
@@ -36,6 +37,11 @@ HF_SLOW = {
     "pvt_v2": Real(64, False, "Attention MLP PatchEmbeddings"),
     "mobilevit": Real(64, False, "ConvLayer Layer SelfAttention Intermediate Output"),
     "resnet": Real(64, False, "ConvLayer BottleNeckLayer"),
+    "detr": Real(64, False, f"{_DETR} SelfAttention CrossAttention MLP"),
+    "conditional_detr": Real(64, False, f"{_DETR} DecoderSelfAttention DecoderCrossAttention MLP"),
+    "table-transformer": Real(64, False, f"{_DETR} Attention"),
+    "deformable_detr": Real(64, False, "ConvEncoder SelfAttention MLP", ("deformable attention",)),
+    "rt_detr": Real(64, False, "EncoderLayer SelfAttention MLP RepVggBlock ResNetBottleNeckLayer"),
 }
 
 
