@@ -54,14 +54,22 @@ struct Bias {
                            bias_index->scalar_type() == ScalarType::Int),
                       "attention: bias table and index do not fit");
       table_size = bias->size(1);
-      stride_h = table_size;
-      float* table = scratch.take(bias->numel());
-      for (int64_t h = 0; h < H; ++h)  // a row at a time, whatever the strides
-        simd::to_float(offset(data, type, h * bias->stride(0)), type, bias->stride(1), table_size,
-                       1, table + h * table_size, 1);
-      data = table;
-      type = Type::kFloat;
       index = indices(scratch, *bias_index);
+      // Read number by number, so once for all images.
+      const int64_t scores = Nq * Nk;
+      float* table = scratch.take(bias->numel());
+      float* dense = scratch.take(H * scores);
+      parallel(H, [&](int64_t begin, int64_t end) {
+        for (int64_t h = begin; h < end; ++h) {
+          float* row = table + h * table_size;  // whatever its strides were
+          simd::to_float(offset(data, type, h * bias->stride(0)), type, bias->stride(1), table_size,
+                         1, row, 1);
+          simd::gather_bias(row, index, scores, dense + h * scores);
+        }
+      });
+      data = dense;
+      type = Type::kFloat;
+      stride_h = scores, stride_i = Nk, stride_j = 1;
     } else {
       form = kDense;
       const auto fits = [&](int64_t d, int64_t n) {
@@ -74,7 +82,7 @@ struct Bias {
       stride_b = stride(0), stride_h = stride(1), stride_i = stride(2), stride_j = stride(3);
     }
   }
-  bool in_place() const { return form == kDense && !padding && (stride_j == 1 || Nk == 1); }
+  bool in_place() const { return form != kNoBias && !padding && (stride_j == 1 || Nk == 1); }
 
   // Rows [begin, begin + rows) of head (b, h), where they lie or, in fp32, in `buffer`.
   HeadRows rows(int64_t b, int64_t h, int64_t begin, int64_t rows, float* buffer) const {
@@ -83,15 +91,11 @@ struct Bias {
     if (in_place()) return {offset(data, type, at + begin * stride_i), type, stride_i};
     for (int64_t r = 0; r < rows; ++r) {
       float* row = buffer + r * Nk;
-      if (form == kTable) {
-        simd::gather_bias((const float*)data + h * stride_h, index + (begin + r) * Nk, Nk, row);
-      } else {
-        const void* from = offset(data, type, at + (begin + r) * stride_i);
-        if (stride_j == 1)
-          simd::to_float(from, type, Nk, 1, Nk, row, Nk);
-        else
-          simd::to_float(from, type, stride_j, Nk, 1, row, 1);
-      }
+      const void* from = offset(data, type, at + (begin + r) * stride_i);
+      if (stride_j == 1)
+        simd::to_float(from, type, Nk, 1, Nk, row, Nk);
+      else
+        simd::to_float(from, type, stride_j, Nk, 1, row, 1);
       if (padding)
         for (int64_t j = 0; j < Nk; ++j)
           if (padding[b * Nk + j]) row[j] = -INFINITY;
@@ -247,7 +251,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
       int64_t b, h;
       float* buffer;
     } context{biases, b, h,
-              biases.form == Bias::kNoBias ? nullptr : scratch.take(simd::query_block(Nq) * Nk)};
+              biases.form == Bias::kNoBias || biases.in_place()
+                  ? nullptr
+                  : scratch.take(simd::query_block(Nq) * Nk)};
     const BiasRows source{[](const void* c, int64_t begin, int64_t rows) {
                             const auto& at = *(const Context*)c;
                             return at.biases.rows(at.b, at.h, begin, rows, at.buffer);

@@ -40,7 +40,8 @@ namespace {
 
 constexpr int64_t kRowBlock =
     96;  // rows a task takes through all panels: 96 x 768 fp32 is half of a 512 KB L2
-constexpr int64_t kGradientChunk = 128;  // tokens per step of a weight gradient
+// A weight gradient takes so many tokens at a time, and so many columns of dz: 192 KB of them.
+constexpr int64_t kGradientChunk = 256, kGradientColumns = 192;
 
 // How a product of M rows and P panels is cut into tasks.
 struct Split {
@@ -271,43 +272,48 @@ void weight_gradient(const RowView& dz, int64_t N, int64_t K, RowChunk chunk, co
   const int64_t per_task = std::max(divide_up(divide_up(N, threads()), tile) * tile, tile);
   const Type type = type_of(dweight);
   parallel(divide_up(N, per_task), [&](int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < end; ++task) {
-      Scratch scratch;
-      const int64_t first = task * per_task, n = std::min(per_task, N - first);
-      // The chunk of dz is read down its columns: an odd number of cache lines per row uses every
-      // cache set.
-      const int64_t stride_dz = (divide_up(n, 16) | 1) * 16;
-      float* gradients = scratch.take(kGradientChunk * stride_dz);
-      float* columns = scratch.take(n * kGradientChunk);  // bf16: dz transposed
-      float* buffer = scratch.take(kGradientChunk * K);
-      float* packed = scratch.take(simd::packed_floats(K, {Type::kFloat, kGradientChunk}));
-      float* bias = scratch.take(n);
-      std::fill(bias, bias + n, 0.0f);
-      float* sums = type == Type::kFloat ? (float*)dweight.mutable_data_ptr() + first * K
-                                         : scratch.take(n * K);
-      if (M == 0) std::fill(sums, sums + n * K, 0.0f);
-      for (int64_t m = 0; m < M; m += kGradientChunk) {
-        const int64_t rows = std::min(kGradientChunk, M - m);
-        const ChunkOfRows x = chunk(context, m, rows, buffer);
-        const void* dz_rows = offset(dz.data, dz.type, m * dz.stride + first);
-        simd::to_float(dz_rows, dz.type, dz.stride, rows, n, gradients, stride_dz);
-        simd::add_rows(gradients, stride_dz, rows, n, bias);
-        simd::pack(x.data, x.type, x.stride, 1, {x.type, rows}, K, 0, simd::panel_count(K), packed);
+    const int64_t first = begin * per_task, last = std::min(end * per_task, N);
+    Scratch scratch;
+    // The chunk of dz is read down its columns: an odd number of cache lines per row uses every
+    // cache set.
+    const int64_t width = std::min(kGradientColumns, last - first);
+    const int64_t stride_dz = (divide_up(width, 16) | 1) * 16;
+    float* gradients = scratch.take(kGradientChunk * stride_dz);
+    float* columns = scratch.take(width * kGradientChunk);  // bf16: dz transposed
+    float* buffer = scratch.take(kGradientChunk * K);
+    float* packed = scratch.take(simd::packed_floats(K, {Type::kFloat, kGradientChunk}));
+    float* bias = scratch.take(last - first);
+    std::fill(bias, bias + last - first, 0.0f);
+    float* sums = type == Type::kFloat ? (float*)dweight.mutable_data_ptr() + first * K
+                                       : scratch.take((last - first) * K);
+    if (M == 0) std::fill(sums, sums + (last - first) * K, 0.0f);
+    for (int64_t m = 0; m < M; m += kGradientChunk) {
+      const int64_t rows = std::min(kGradientChunk, M - m);
+      const ChunkOfRows x = chunk(context, m, rows, buffer);
+      simd::pack(x.data, x.type, x.stride, 1, {x.type, rows}, K, 0, simd::panel_count(K), packed);
+      for (int64_t n = first; n < last; n += width) {
+        const int64_t count = std::min(width, last - n);
+        const void* dz_rows = offset(dz.data, dz.type, m * dz.stride + n);
+        simd::to_float(dz_rows, dz.type, dz.stride, rows, count, gradients, stride_dz);
+        simd::add_rows(gradients, stride_dz, rows, count, bias + n - first);
+        float* to = sums + (n - first) * K;
         if (x.type == Type::kFloat) {
-          simd::product_transposed(gradients, stride_dz, n, rows, packed, K, sums, K, m > 0);
+          simd::product_transposed(gradients, stride_dz, count, rows, packed, K, to, K, m > 0);
           continue;
         }
-        simd::transpose_bf16(dz_rows, dz.stride, rows, n, columns, kGradientChunk);
-        Output output{sums, Type::kFloat, plain_rows(K)};
-        if (m > 0) output.residual = sums, output.residual_grid = plain_rows(K);
-        simd::product(Rows{columns, x.type, plain_rows(kGradientChunk), rows}, 0, n, packed, K, 0,
-                      simd::panel_count(K), output);
+        simd::transpose_bf16(dz_rows, dz.stride, rows, count, columns, kGradientChunk);
+        Output output{to, Type::kFloat, plain_rows(K)};
+        if (m > 0) output.residual = to, output.residual_grid = plain_rows(K);
+        simd::product(Rows{columns, x.type, plain_rows(kGradientChunk), rows}, 0, count, packed, K,
+                      0, simd::panel_count(K), output);
       }
-      if (type != Type::kFloat)
-        simd::from_float(sums, K, n, K, offset(dweight.mutable_data_ptr(), type, first * K), type,
-                         K);
-      simd::from_float(bias, n, 1, n, offset(dbias.mutable_data_ptr(), type, first), type, n);
     }
+    const int64_t count = last - first;
+    if (type != Type::kFloat)
+      simd::from_float(sums, K, count, K, offset(dweight.mutable_data_ptr(), type, first * K), type,
+                       K);
+    simd::from_float(bias, count, 1, count, offset(dbias.mutable_data_ptr(), type, first), type,
+                     count);
   });
 }
 

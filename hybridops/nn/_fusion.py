@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
@@ -20,6 +21,7 @@ LINEARS = {nn.Linear, NonDynamicallyQuantizableLinear}
 CONVS = {nn.Conv2d}
 SEQUENTIALS = {nn.Sequential}
 BATCH_NORMS = {nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm}
+OWN_BATCH = {nn.BatchNorm1d, nn.BatchNorm2d}  # whose statistics are this process' batch alone
 LAYER_NORMS = {nn.LayerNorm}  # a rule adds here the classes that it knows to mean the same
 ACTIVATIONS = {
     nn.Identity: "none",
@@ -97,6 +99,38 @@ def plain_linears(owner: nn.Module, *names: str) -> list[Weights] | None:
     return [linear_weights(owner, *named) for named in zip(names, layers, strict=True)]
 
 
+def _is_apart(activation: str, *inputs: Tensor | None) -> bool:
+    """Whether an activation had better follow the kernel than be part of it.
+
+    So while a gradient is recorded: that of a fused one computes again what it was given, which is
+    a product, or attention's forward pass. Apart, that is kept, as in plain torch.
+    """
+    recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
+    return recorded and activation != "none"
+
+
+def linear_then(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    activation: str = "none",
+    residual: Tensor | None = None,
+    **rest: Any,
+) -> Tensor:
+    """ops.linear with its activation, apart where that is faster."""
+    if _is_apart(activation, x, weight):
+        return finish(ops.linear(x, weight, bias, **rest), activation, residual)
+    return ops.linear(x, weight, bias, activation=activation, residual=residual, **rest)
+
+
+def attention_then(q: Tensor, k: Tensor, v: Tensor, *, activation: str, **rest: Any) -> Tensor:
+    """ops.attention with its activation, apart where that is faster."""
+    if _is_apart(activation, q, k, v, rest.get("bias")):
+        return finish(ops.attention(q, k, v, **rest), activation)
+    return ops.attention(q, k, v, activation=activation, **rest)
+
+
 def fused_linear(
     owner: nn.Module,
     name: str,
@@ -121,9 +155,9 @@ def fused_linear(
             x = norm(x)
     w = linear_weights(owner, name, linear)
     if residual is not None and keeps_fp32(x):
-        y = ops.linear(x, w.weight, w.bias, norm=affine, activation=activation, packed=w.packed)
+        y = linear_then(x, w.weight, w.bias, norm=affine, activation=activation, packed=w.packed)
         return residual + y
-    return ops.linear(
+    return linear_then(
         x,
         w.weight,
         w.bias,
@@ -132,6 +166,38 @@ def fused_linear(
         residual=residual,
         packed=w.packed,
     )
+
+
+def norm_batch(norm: Any, x: Tensor, activation: str = "none") -> Tensor:
+    """activation(norm(x)), norm a BatchNorm over the last dimension of tokens x (..., C).
+
+    With the batch's own statistics that is one op; the running ones move as torch moves them.
+    """
+    if not takes_statistics(norm, x):
+        return finish(norm(x.flatten(0, -2)).view(x.shape), activation)
+    y, mean, var = ops.batch_norm(x, norm.weight, norm.bias, norm.eps, activation=activation)
+    if norm.training and norm.track_running_stats and norm.running_mean is not None:
+        with torch.no_grad():
+            factor = norm.momentum
+            if norm.num_batches_tracked is not None:
+                norm.num_batches_tracked.add_(1)
+                factor = 1 / float(norm.num_batches_tracked) if factor is None else factor
+            rows = x.shape[:-1].numel()
+            unbiased = var * (rows / (rows - 1))
+            norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), factor or 0.0)
+            norm.running_var.lerp_(unbiased.to(norm.running_var.dtype), factor or 0.0)
+    return y
+
+
+def takes_statistics(norm: Any, x: Tensor) -> bool:
+    """Whether ops.batch_norm stands for this call of a BatchNorm."""
+    if not is_plain(norm, OWN_BATCH) or not (norm.training or norm.running_mean is None):
+        return False
+    if not x.is_cpu or x.dtype not in backend.CPU_DTYPES or x.shape[:-1].numel() < 2:
+        return False
+    if backend.ISA is None or backend.reference_forced():
+        return False
+    return norm.weight is None or norm.weight.dtype in (x.dtype, torch.float32)
 
 
 def finish(y: Tensor, activation: str = "none", residual: Tensor | None = None) -> Tensor:

@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
 from .. import backend, ops
 from ..ops import ConvLayer, MaxPool
 from ._derived import conv_weights
-from ._fusion import CONVS, activation_name, folds, is_hooked, is_ours, is_plain
+from ._fusion import (
+    CONVS,
+    activation_name,
+    finish,
+    folds,
+    is_hooked,
+    is_ours,
+    is_plain,
+    norm_batch,
+    takes_statistics,
+)
 
 
 class ConvNorm(nn.Module):
@@ -48,14 +59,22 @@ class ConvNorm(nn.Module):
         nn.init.constant_(self.bn.weight, bn_weight_init)
 
     def forward(self, x: Tensor) -> Tensor:
-        linear, bn = self._modules["linear"], self._modules["bn"]
-        if backend.reference_forced() or not _is_served(linear):
-            return bn(linear(x))  # type: ignore[misc]
-        fixed = folds(bn)
-        layer = _layer(self, linear, bn if fixed else None)
-        y = ops.conv_stem(x, [layer], layout="image")
-        # torch sums batch statistics naively over channels_last: 40 times the error at 64 x 64
-        return y if fixed else bn(y.contiguous())  # type: ignore[misc]
+        return conv_norm(self, x, "none")
+
+
+def conv_norm(module: Any, x: Tensor, activation: str) -> Tensor:
+    """activation(module(x)) for a ConvNorm."""
+    linear, bn = module._modules["linear"], module._modules["bn"]
+    if backend.reference_forced() or not _is_served(linear):
+        return finish(bn(linear(x)), activation)
+    if folds(bn):
+        return ops.conv_stem(x, [_layer(module, linear, bn, activation)], layout="image")
+    y = ops.conv_stem(x, [_layer(module, linear, None)], layout="image")
+    tokens = y.permute(0, 2, 3, 1)
+    if takes_statistics(bn, tokens):
+        return norm_batch(bn, tokens, activation).permute(0, 3, 1, 2)
+    # torch sums batch statistics naively over channels_last: 40 times the error at 64 x 64
+    return finish(bn(y.contiguous()), activation)
 
 
 class ConvStem(nn.Sequential):
@@ -110,8 +129,15 @@ class ConvStem(nn.Sequential):
         plan = None if backend.reference_forced() else _plan(self)
         if plan is not None:
             return ops.conv_stem(x, plan[0], pool=plan[1], layout=self.layout)
-        for child in self:
-            x = child(x)
+        children = list(self)
+        while children:
+            child = children.pop(0)
+            name = activation_name(children[0]) if children else None
+            if name is not None and is_ours(child, ConvNorm):
+                x = conv_norm(child, x, name)
+                children.pop(0)
+            else:
+                x = child(x)
         return x if self.layout == "image" else x.flatten(2).transpose(1, 2)
 
 

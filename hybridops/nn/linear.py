@@ -10,7 +10,17 @@ from torch import Tensor, nn
 from .. import backend, ops
 from ..ops._contract import ACTIVATIONS
 from ._derived import Weights, linear_weights, normed_linear_weights
-from ._fusion import BATCH_NORMS, LINEARS, finish, is_off, is_ours, is_plain, keeps_fp32
+from ._fusion import (
+    BATCH_NORMS,
+    LINEARS,
+    finish,
+    is_off,
+    is_ours,
+    is_plain,
+    keeps_fp32,
+    linear_then,
+    norm_batch,
+)
 
 
 class Linear(nn.Linear):
@@ -40,7 +50,7 @@ class Linear(nn.Linear):
         if backend.reference_forced():
             return ACTIVATIONS[self.activation](F.linear(x, self.weight, self.bias))
         w = linear_weights(self, "linear", self)
-        return ops.linear(x, w.weight, w.bias, activation=self.activation, packed=w.packed)
+        return linear_then(x, w.weight, w.bias, activation=self.activation, packed=w.packed)
 
     def extra_repr(self) -> str:
         shown = super().extra_repr()
@@ -97,9 +107,10 @@ def _linear_norm(module, x, activation, residual):
     plain = is_plain(linear, LINEARS) and is_plain(bn, BATCH_NORMS)
     if backend.reference_forced() or not plain:
         y = linear(x)
-    elif bn.training or bn.running_mean is None:  # batch statistics: torch's norm, our product
+    elif bn.training or bn.running_mean is None:
         w = linear_weights(module, "product", linear)
-        y = ops.linear(x, w.weight, w.bias, packed=w.packed)
+        y = norm_batch(bn, ops.linear(x, w.weight, w.bias, packed=w.packed), activation)
+        return y if residual is None else residual + y
     else:
         w = linear_weights(module, "folded", linear, bn)
         late = residual if residual is not None and keeps_fp32(x) else None

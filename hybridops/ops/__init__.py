@@ -1,9 +1,10 @@
-"""The five ops, and what serves inference alone: whole layers and group_norm.
+"""The five ops; what serves inference alone: whole layers and group_norm; or training: batch_norm.
 
 Each file reads meaning (reference), contract (schema, fake), gradient, door (checks).
 """
 
 from .attention import attention
+from .batch_norm import batch_norm
 from .conv_stem import ConvLayer, MaxPool, conv_stem, pack_conv
 from .group_norm import group_norm
 from .layer import attention_layer, mlp_layer
@@ -16,6 +17,7 @@ __all__ = [
     "MaxPool",
     "attention",
     "attention_layer",
+    "batch_norm",
     "conv_stem",
     "group_norm",
     "linear",

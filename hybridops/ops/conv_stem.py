@@ -191,7 +191,8 @@ def _gradient(ctx, dy):
     weights, biases = rest[:L], rest[L:]
     sizes = _sizes(image, weights, ctx.strides, ctx.paddings, ctx.pool)
     inputs, outputs = [image], []
-    for i in range(L):
+    last = not ctx.activations[-1] and not len(ctx.pool)  # whose result nobody asks for
+    for i in range(L - last):
         padding = ctx.paddings[4 * i : 4 * i + 4]
         z = _forward(
             inputs[i],
@@ -214,7 +215,9 @@ def _gradient(ctx, dy):
         d = d.flatten(2).transpose(1, 2)
     dweights, dbiases = [None] * L, [None] * L
     for i in reversed(range(L)):
-        dz = activation_backward(d.contiguous(), outputs[i], ctx.activations[i])
+        dz = d.contiguous()
+        if ctx.activations[i]:
+            dz = activation_backward(dz, outputs[i], ctx.activations[i])
         needs_dinput = i > 0 or ctx.needs_input_grad[0]
         padding = ctx.paddings[4 * i : 4 * i + 4]
         d, dweights[i], dbiases[i] = conv_backward(

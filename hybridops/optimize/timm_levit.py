@@ -28,9 +28,10 @@ from timm.models.levit import (
 from torch import nn
 
 from ..nn._derived import fold_behind, fold_in_front, packed_weights
+from ..nn._fusion import attention_then, norm_batch
+from ..nn.conv_stem import conv_norm
 from ..ops import (
     ConvLayer,
-    attention,
     conv_stem,
     linear,
     pack_conv,
@@ -71,11 +72,15 @@ class FastLinearNorm(Fast, LinearNorm):
             return linear(x, weights.weight, weights.bias, packed=weights.packed)
         if not plan.intact():
             return LinearNorm.forward(self, x)
-        x = linear(x, self.linear.weight, self.linear.bias)
-        return self.bn(x.flatten(0, 1)).reshape_as(x)
+        return _normed(self, x)
 
     def derive(self):
         return batch_normed(self.linear, self.bn)
+
+
+def _normed(module, x, activation="none"):
+    """activation(module(x)) for a LinearNorm that trains."""
+    return norm_batch(module.bn, linear(x, module.linear.weight, module.linear.bias), activation)
 
 
 class FastNormLinear(Fast, NormLinear):
@@ -98,14 +103,18 @@ class FastNormLinear(Fast, NormLinear):
         return packed_linear(*fold_in_front(self.linear.weight, self.linear.bias, self.bn))
 
 
+def not_conv_norm(module):
+    return not_plain_conv("linear", module.linear) or not_foldable_norm(
+        "bn", module.bn, nn.BatchNorm2d
+    )
+
+
 class FastConvNorm(Fast, ConvNorm):
     @classmethod
     def unserved(cls, module, mode):
         if mode == "train":
-            return "training keeps the convolution as it is"
-        return not_plain_conv("linear", module.linear) or not_foldable_norm(
-            "bn", module.bn, nn.BatchNorm2d
-        )
+            return "training keeps the convolution as it is, but in a stem"
+        return not_conv_norm(module)
 
     def forward(self, x):
         plan = self._hybridops_plan
@@ -130,11 +139,9 @@ def conv_layer(layer, activation):
 class _Stem(Fast):
     @classmethod
     def unserved(cls, module, mode):
-        if mode == "train":
-            return "training keeps the convolutions as they are"
         for name, child in module.named_children():
             if name.startswith("conv"):
-                reason = not_one_of(name, child, ConvNorm) or FastConvNorm.unserved(child, mode)
+                reason = not_one_of(name, child, ConvNorm) or not_conv_norm(child)
             else:
                 reason = not_activation(name, child)
             if reason:
@@ -157,9 +164,15 @@ class _Stem(Fast):
 
     def forward(self, x):
         layers = self._hybridops_plan.derived(self, x)
-        if layers is None:
+        if layers is not None:
+            return conv_stem(x, layers, layout="image")
+        plan = self._hybridops_plan
+        parts = [(self._modules[name], activation) for name, activation in plan.facts]
+        if not plan.intact() or not all(part.bn.training for part, _ in parts):
             return nn.Sequential.forward(self, x)
-        return conv_stem(x, layers, layout="image")
+        for part, activation in parts:
+            x = conv_norm(part, x, activation)
+        return x
 
     def derive(self):
         facts = self._hybridops_plan.facts
@@ -252,7 +265,7 @@ class FastAttention(_OnTokens, Attention):
 
 def _attend(attn, q, k, v):
     """Attention and the activation behind it, with the bias read out of its table."""
-    out = attention(
+    out = attention_then(
         q,
         k,
         v,
@@ -302,10 +315,8 @@ class FastAttentionDownsample(_OnTokens, AttentionDownsample):
 class FastLevitMlp(_OnTokens, LevitMlp):
     @classmethod
     def unserved(cls, module, mode):
-        if mode == "train":
-            if isinstance(module.ln1, ConvNorm):
-                return USE_CONV
-            return "training keeps the norms between the products; ln1 and ln2 are served"
+        if mode == "train" and isinstance(module.ln1, ConvNorm):
+            return USE_CONV
         return first(
             (
                 _not_product("ln1", module.ln1, mode),
@@ -317,6 +328,15 @@ class FastLevitMlp(_OnTokens, LevitMlp):
     @classmethod
     def facts(cls, module):
         return activation_name(module.act)
+
+    def forward(self, x):
+        y = self._chained(x)
+        if y is not None:
+            return y
+        if isinstance(self.ln1, ConvNorm) or not self._hybridops_plan.intact():
+            return LevitMlp.forward(self, x)
+        x = _normed(self.ln1, x, self._hybridops_plan.facts)
+        return _normed(self.ln2, self.drop(x))
 
     def layers(self, residual=False):
         return mlp_layers(self, self._hybridops_plan.facts, residual)
