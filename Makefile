@@ -17,13 +17,16 @@ help: ## list the targets
 
 venv: $(READY) ## create .venv with torch, the test and lint tools and this package (editable)
 
+# Modules are compiled when they are first imported: of torch's and transformers' few ever are.
+PIP := $(BIN)/pip install --quiet --no-compile
+
 # torch comes first and alone, so that nothing that depends on it can choose another one.
 $(READY): pyproject.toml setup.py
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet "torch==$(TORCH)"
-	$(BIN)/pip install --quiet "torchvision==$(TORCHVISION)"
-	$(BIN)/pip install --quiet --upgrade "setuptools>=77" ninja pybind11
-	$(BIN)/pip install --quiet --no-build-isolation -e ".[test,dev]"
+	$(PIP) "torch==$(TORCH)"
+	$(PIP) "torchvision==$(TORCHVISION)"
+	$(PIP) --upgrade "setuptools>=77" ninja pybind11
+	$(PIP) --no-build-isolation -e ".[test,dev]"
 	touch $@
 
 demo: venv build ## run the demonstration
@@ -33,7 +36,7 @@ RESULTS := benchmarks/results/cpu
 BENCH := $(BIN)/python -m hybridops bench
 
 bench: venv build ## measure both suites and draw their report (10 minutes, on an idle machine)
-	$(BIN)/pip install --quiet --no-build-isolation -e ".[models,peers]"
+	$(PIP) --no-build-isolation -e ".[models,peers]"
 	$(BENCH) run benchmarks/hot_paths.toml --timeout 10 --json $(RESULTS)/hot_paths.json
 	$(BENCH) run benchmarks/models.toml --timeout 10 --json $(RESULTS)/models.json
 	$(BENCH) report $(RESULTS)/hot_paths.json $(RESULTS)/models.json -o $(RESULTS)/report.html
