@@ -235,6 +235,11 @@ def _exports_to_onnx() -> bool:
     return torch.onnx.is_in_onnx_export()
 
 
+def packs(weight: Tensor) -> bool:
+    """Whether the CPU library has an order of its own for this weight."""
+    return ISA is not None and weight.is_cpu and weight.dtype in CPU_DTYPES
+
+
 def runs_at_once(x: object) -> bool:
     """Whether the CPU library serves x in a call that has nothing to record and nothing to cast.
 

@@ -60,12 +60,9 @@ def serving():
         kernel = counted(op, getattr(torch.ops.hybridops_cuda, op).default)
         override.impl(op, kernel, "CPU", allow_override=True)
 
-    def unpacked(weight, runs):  # nothing is packed on a GPU
-        return weight.clone()
-
-    override.impl("pack_linear", unpacked, "CPU", allow_override=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(backend, "CPU_DTYPES", tuple(backend.GPU_DTYPES))
+        patch.setattr(backend, "packs", lambda weight: False)  # nothing is packed on a GPU
         patch.setattr(backend, "runs_at_once", lambda x: False)  # nor do tensors on a GPU
         yield
     override._destroy()

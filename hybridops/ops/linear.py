@@ -198,6 +198,6 @@ def pack_linear(weight: Tensor, runs: int = 1) -> Tensor | None:
     falls where the left-hand side is read in place (a convolution's kernel rows).
     """
     check_tensor("pack_linear", "weight", weight, 2)
-    if backend.ISA is None or weight.device.type != "cpu" or weight.dtype not in backend.CPU_DTYPES:
+    if not backend.packs(weight):
         return None
     return torch.ops.hybridops.pack_linear(weight.detach(), runs)
