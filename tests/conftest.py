@@ -20,6 +20,11 @@ def pytest_configure(config):
     torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 
+def pytest_collection_modifyitems(items):
+    """The longest tests come first: at the end one worker would be left alone with them."""
+    items.sort(key=lambda item: item.path.name != "test_triton_aot.py")
+
+
 def pytest_report_header(config):
     served = backend.ISA or f"none ({backend.why_no_library()})"
     return f"hybridops: C++ library {served}, {torch.get_num_threads()} threads"
