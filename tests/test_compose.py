@@ -145,11 +145,11 @@ def test_activation_checkpointing_gives_the_same_gradients(name, reentrant):
     saved = gradients(model, lambda: checkpoint(model, images, use_reentrant=reentrant))
     assert set(saved) == set(plain)
     plain["images"], saved["images"] = dx, images.grad
-    if not reentrant:
+    if not reentrant or name != "detr":
         assert all(same_bits(grad, plain[key]) for key, grad in saved.items())
         return
-    # The re-entrant kind's first forward records nothing, so it runs as inference does: activations
-    # inside the products, DETR's convolutions packed. Those round otherwise.
+    # The re-entrant kind's first forward records nothing, so DETR's body takes its convolutions for
+    # inference there, which round otherwise.
     wide, x = copy.deepcopy(model).double(), images.detach().double().requires_grad_()
     exact = gradients(wide, lambda: wide(x)) | {"images": x.grad}
     for key, grad in saved.items():

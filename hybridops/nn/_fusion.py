@@ -99,14 +99,13 @@ def plain_linears(owner: nn.Module, *names: str) -> list[Weights] | None:
     return [linear_weights(owner, *named) for named in zip(names, layers, strict=True)]
 
 
-def _is_apart(activation: str, *inputs: Tensor | None) -> bool:
-    """Whether an activation had better follow the kernel than be part of it.
+def _is_recorded(*inputs: Tensor | None) -> bool:
+    """Whether a gradient is recorded, so that an activation had better follow the kernel.
 
-    So while a gradient is recorded: that of a fused one computes again what it was given, which is
-    a product, or attention's forward pass. Apart, that is kept, as in plain torch.
+    The gradient of a fused one computes again what it was given, a product or attention's forward
+    pass. Apart, that is kept, as in plain torch.
     """
-    recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
-    return recorded and activation != "none"
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
 
 
 def linear_then(
@@ -118,15 +117,18 @@ def linear_then(
     residual: Tensor | None = None,
     **rest: Any,
 ) -> Tensor:
-    """ops.linear with its activation, apart where that is faster."""
-    if _is_apart(activation, x, weight):
+    """ops.linear with its activation, apart where that is faster and gives the same bits.
+
+    Of torch's activations only ReLU does; re-entrant checkpointing runs a layer both ways.
+    """
+    if activation == "relu" and _is_recorded(x, weight):
         return finish(ops.linear(x, weight, bias, **rest), activation, residual)
     return ops.linear(x, weight, bias, activation=activation, residual=residual, **rest)
 
 
 def attention_then(q: Tensor, k: Tensor, v: Tensor, *, activation: str, **rest: Any) -> Tensor:
     """ops.attention with its activation, apart where that is faster."""
-    if _is_apart(activation, q, k, v, rest.get("bias")):
+    if activation != "none" and _is_recorded(q, k, v, rest.get("bias")):
         return finish(ops.attention(q, k, v, **rest), activation)
     return ops.attention(q, k, v, activation=activation, **rest)
 
