@@ -117,7 +117,7 @@ def test_dynamic_sizes_share_a_graph(op):
         return torch.randn(shape, requires_grad=True)
 
     compiled = torch.compile(call, fullgraph=True, backend=counter, dynamic=True)
-    for n in (4, 7, 14):
+    for n in (4, 7, 14, 5, 9):
         x = make(n)
         ours, theirs = compiled(x), call(x)
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)

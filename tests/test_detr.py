@@ -460,7 +460,8 @@ def test_compiles_whole():
     with torch.no_grad():
         expected = model(images, mask)
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-        torch.testing.assert_close(compiled(images, mask).boxes, expected.boxes)
+        for image, m in ((images, mask), (images[:1], mask[:1])):
+            torch.testing.assert_close(compiled(image, m).boxes, expected.boxes[: len(image)])
 
 
 def test_names():
