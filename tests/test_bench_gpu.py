@@ -46,7 +46,7 @@ shape = "levit_stage2,B=256,H=8"
 device = "cuda"
 dtype = "bf16"
 peers = ["ours-cuda", "sdpa-flash", "sdpa-efficient", "sdpa-cudnn"]
-later = ["flex"]
+later = ["flex", "compile-max"]
 
 [[op]]
 name = "attention"
