@@ -106,8 +106,13 @@ def fingerprint() -> str:
 
 
 def precision(x: torch.Tensor) -> str:
-    """How fp32 products are made: torch.set_float32_matmul_precision says."""
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    """How products of x are made: fp32 ones as torch makes its own, whichever API chose that.
+
+    torch.get_float32_matmul_precision() raises once the newer fp32_precision was set.
+    """
+    if x.dtype != torch.float32:
+        return "ieee"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def is_wide(*tensors: torch.Tensor | None) -> bool:

@@ -174,6 +174,41 @@ def test_the_gradients_of_a_convolution(image, weight, stride, padding):
         check.accurate(*three, f"gradient of {name}", factor=3)
 
 
+def _by_the_old_api(how):
+    torch.set_float32_matmul_precision("highest" if how == "ieee" else "high")
+
+
+def _by_the_new_api(how):
+    torch.backends.cuda.matmul.fp32_precision = how
+
+
+def _for_all_of_torch(how):
+    torch.backends.fp32_precision = how
+
+
+@pytest.mark.parametrize("choose", [_by_the_old_api, _by_the_new_api, _for_all_of_torch])
+def test_fp32_is_multiplied_as_torch_does_and_its_settings_stay(choose):
+    from hybridops.kernels import tuned
+    from hybridops.ops import _by_torch
+
+    kept = [m.fp32_precision for m in (torch.backends, torch.backends.cuda.matmul)]
+    x, weight = torch.randn(3, 8), torch.randn(4, 8)
+    try:
+        for how in ("tf32", "ieee"):
+            choose(how)
+            assert tuned.precision(x) == how
+            assert tuned.precision(x.bfloat16()) == "ieee"
+            with hybridops.use("triton"):
+                torch.testing.assert_close(ops.linear(x, weight), x @ weight.t())
+            dz, image, taps = torch.randn(1, 4, 2), torch.randn(1, 3, 2, 2), torch.randn(2, 3, 1, 1)
+            _by_torch.conv_backward(dz, image, taps, 1, [0] * 4, True)
+            assert not torch.backends.cudnn.deterministic
+            assert torch.backends.cuda.matmul.fp32_precision == how
+    finally:
+        choose("ieee")  # the old API's own memory of it
+        torch.backends.fp32_precision, torch.backends.cuda.matmul.fp32_precision = kept
+
+
 @pytest.mark.parametrize("layout", check.GRAD_LAYOUTS[1:])
 def test_the_gradients_of_a_product_take_any_strides(layout):
     def laid_out(t):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.nn.functional as F
 
@@ -13,6 +16,18 @@ def linear_backward(dy, x, weight):
     dy, rows = dy.reshape(M, N), x.reshape(M, K)
     dx = (dy @ weight).view(x.shape)
     return dx, dy.t() @ rows, dy.sum(0, dtype=torch.float32).to(weight.dtype)
+
+
+@contextmanager
+def _deterministic() -> Iterator[None]:
+    """That alone: cudnn.flags() would read and set how fp32 is multiplied too, and raise where the
+    user chose it by fp32_precision."""
+    kept = torch.backends.cudnn.deterministic
+    torch.backends.cudnn.deterministic = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.deterministic = kept
 
 
 def conv_backward(dz, image, weight, stride, padding, needs_dimage):
@@ -27,12 +42,7 @@ def conv_backward(dz, image, weight, stride, padding, needs_dimage):
     around = (top, left) if same else (0, 0)
     x = image.to(weight.dtype)
     x = x if same else F.pad(x, (left, right, top, bottom))
-    with torch.backends.cudnn.flags(
-        enabled=torch.backends.cudnn.enabled,
-        benchmark=torch.backends.cudnn.benchmark,
-        deterministic=True,
-        allow_tf32=torch.backends.cudnn.allow_tf32,
-    ):
+    with _deterministic():
         dx, dweight, dbias = torch.ops.aten.convolution_backward(
             dz.unflatten(1, (Ho, Wo)).permute(0, 3, 1, 2),
             x,
