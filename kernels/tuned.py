@@ -9,11 +9,13 @@ import functools
 import hashlib
 import json
 import os
+import warnings
 from pathlib import Path
 
 import torch
 
 ARCHITECTURES = (80, 90)
+NOTES = ("source", "kernels", "done")  # beside the kernels in a table that `hybridops tune` wrote
 TARGET_PROGRAMS = 2 * 132  # two per multiprocessor of an H100 or H200: enough to keep it busy
 # Of every launch: a product and its sum are one instruction. Triton 3.10 means to ask for that.
 FUSED = {"enable_fp_fusion": True}
@@ -58,12 +60,20 @@ def table(arch: int) -> dict:
     try:
         theirs = json.loads(own.read_text()) if own else {}
         return merged(found, theirs) if theirs.get("kernels") == fingerprint() else found
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return found  # not there, or not what we wrote
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError, TypeError, AttributeError) as error:  # not what we wrote
+        warnings.warn(
+            f"hybridops: your own table {own} is not read: {type(error).__name__}: {error}",
+            stacklevel=2,
+        )
+    return found
 
 
 def shipped(arch: int) -> dict:
-    return json.loads(Path(__file__).with_name(f"tuned_sm{arch}.json").read_text())
+    """The table beside this file, without the notes: where it is from, what `tune` has done."""
+    path = Path(__file__).with_name(f"tuned_sm{arch}.json")
+    return {k: v for k, v in json.loads(path.read_text()).items() if k not in NOTES}
 
 
 def users_own(arch: int) -> Path | None:
@@ -81,10 +91,8 @@ def merged(base: dict, better: dict) -> dict:
 
     Raises ValueError for numbers that no launch takes.
     """
-    result = {"source": base["source"]}
+    result: dict = {}
     for kernel, kinds in base.items():
-        if not isinstance(kinds, dict):  # "source" and the like
-            continue
         result[kernel] = {}
         for kind, rows in kinds.items():
             theirs = dict(better.get(kernel, {}).get(kind, []))

@@ -28,7 +28,6 @@ def test_every_configuration_compiles_without_spills(arch, tmp_path):
     entries = {
         (kernel, kind, largest)
         for kernel, kinds in tuned.shipped(arch).items()
-        if kernel != "source"
         for kind, rows in kinds.items()
         for largest, _ in rows
     }

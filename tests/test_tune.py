@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import interpreter
 import pytest
@@ -162,7 +163,7 @@ def test_an_entry_is_tuned_written_and_not_tuned_again(tmp_path, monkeypatch, ca
             return "wrong" if config["BLOCK_C"] == 64 else super().right(config)
 
     monkeypatch.setattr(gpu, "Trial", trial)
-    out = tmp_path / "tuned.json"
+    out = tmp_path / "tuned_sm80.json"
     run = ["tune", "--arch", "sm_80", "--only", "/".join(map(str, ENTRY)), "--out", str(out)]
     with interpreter.serving():
         assert cli.main(run) == 0
@@ -176,12 +177,18 @@ def test_an_entry_is_tuned_written_and_not_tuned_again(tmp_path, monkeypatch, ca
         assert written["source"].startswith("hybridops tune on a GPU")
         assert cli.main(run) == 0
         assert len(trials) == 1, "it was tuned again"
+        monkeypatch.setattr(tuned, "__file__", str(tmp_path / "tuned.py"))  # --out to our own file
+        assert dict(tuned.shipped(80)[kernel][kind])[width] == best
+        assert cli.main(run) == 0
+        assert len(trials) == 1, "it was tuned again"
+    assert cli.main(["tune", "--dry-run", *run[1:-2]]) == 0
 
 
 def test_a_users_own_table_goes_first_while_the_kernels_are_the_same(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     shipped = tuned.shipped(90)
-    better = json.loads(json.dumps(shipped)) | {"kernels": tuned.fingerprint()}
+    notes = {"source": "tune", "kernels": tuned.fingerprint(), "done": {"peg_dx/half/3": {"us": 1}}}
+    better = notes | json.loads(json.dumps(shipped))  # as tune writes it
     better["peg_dx"]["half"][0][1]["BLOCK_M"] = 128
     path = tuned.users_own(90)
     path.parent.mkdir()
@@ -194,9 +201,13 @@ def test_a_users_own_table_goes_first_while_the_kernels_are_the_same(tmp_path, m
     try:
         assert table(better)["peg_dx"]["half"][0][1]["BLOCK_M"] == 128
         assert table(better | {"kernels": "others"}) == shipped
-        assert table("{ cut sho") == shipped
-        better["peg_dx"]["half"][0][1]["BLOCK_M"] = "many"
-        assert table(better) == shipped
+        for key, value in (("BLOCK_M", "many"), ("BLOCKS", 1)):
+            better["peg_dx"]["half"][0][1][key] = value
+            with pytest.warns(UserWarning, match="is not read: ValueError: peg_dx, half, 3"):
+                assert table(better) == shipped
+        for broken in ("{ cut sho", [], better | {"peg_dx": 1}):
+            with pytest.warns(UserWarning, match=re.escape(f"your own table {path} is not read")):
+                assert table(broken) == shipped
         path.unlink()
         tuned.table.cache_clear()
         assert tuned.table(90) == shipped

@@ -52,7 +52,6 @@ def _entries(tuned, arch: int) -> list[tuple]:
     return [
         (kernel, kind, largest)
         for kernel, kinds in tuned.shipped(arch).items()
-        if kernel != "source"
         for kind, rows in kinds.items()
         for largest, _ in rows
     ]
@@ -91,7 +90,8 @@ def _tune(arch: int, entries: list[tuple], tuned, out: Path | None, seconds: flo
     if out is None:
         raise UserError("tune: there is no home to write to: name a file with --out")
     out.parent.mkdir(parents=True, exist_ok=True)
-    table, done = _begun(tuned, arch, out)
+    table, notes = _begun(tuned, arch, out)
+    done = notes["done"]
     calls, code, begin = list(work.calls()), 0, time.monotonic()
     with Compiler(arch) as compiler:
         for number, entry in enumerate(entries):
@@ -119,7 +119,7 @@ def _tune(arch: int, entries: list[tuple], tuned, out: Path | None, seconds: flo
                 if row[0] == entry[2]:
                     row[1] = found.config
             done[name] = {"us": 1e6 * found.seconds, "before": 1e6 * found.before}
-            write_json(table | {"done": done}, out)
+            write_json(notes | table, out)
             gain = f"{1e6 * found.before:.1f} -> {1e6 * found.seconds:.1f} us"
             print(f"{name}: {shown(found.config)}  {gain}, {found.tried} timed", flush=True)
     print(f"wrote {out}")
@@ -133,15 +133,14 @@ def _refused(compiler, entry: tuple, config: dict) -> str | None:
 
 
 def _begun(tuned, arch: int, out: Path) -> tuple[dict, dict]:
-    """The table to go on with, and what is done in it."""
-    fresh = tuned.merged(tuned.shipped(arch), {})
-    fresh["source"] = f"hybridops tune on {torch.cuda.get_device_name()}, torch {torch.__version__}"
-    fresh["kernels"] = tuned.fingerprint()
+    """The table to go on with, and its notes: where it is from, and what is done in it."""
+    table = tuned.shipped(arch)
+    source = f"hybridops tune on {torch.cuda.get_device_name()}, torch {torch.__version__}"
+    notes = {"source": source, "kernels": tuned.fingerprint(), "done": {}}
     try:
         old = json.loads(out.read_text())
-        if old.get("kernels") == fresh["kernels"] and old.get("source") == fresh["source"]:
-            merged = tuned.merged(fresh | {}, old)
-            return merged | {k: fresh[k] for k in ("source", "kernels")}, old["done"]
+        if all(old[key] == notes[key] for key in ("source", "kernels")):
+            return tuned.merged(table, old), notes | {"done": old["done"]}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         pass
-    return fresh, {}
+    return table, notes
