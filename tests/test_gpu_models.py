@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import hybridops
-from hybridops import backend
+from hybridops import backend, ops
 from hybridops.bench.model_task import without_dropout
 from hybridops.bench.task import tensors
 from hybridops.compat import import_timm
@@ -79,6 +79,17 @@ def test_every_layer_of_a_model_on_a_gpu_comes_to_our_ops(name):
     assert calls.counts["hybridops.attention"] == attentions
     assert products_of(calls.counts) == left
     assert not calls.counts["aten.rsqrt"], "norms are folded again in every call"
+
+
+@pytest.mark.parametrize("forced", [None, "reference"])
+@pytest.mark.parametrize("D", [128, 160])
+def test_no_head_size_with_a_table_waits_for_the_gpu(D, forced):
+    use = hybridops.use(forced) if forced else contextlib.nullcontext()
+    with named_gpu.present(), torch.no_grad(), use, named_gpu.Calls() as calls:
+        q, table = (torch.empty(s, device="cuda") for s in ((2, 9, 3, D), (3, 5)))
+        index = torch.zeros(9, 9, dtype=torch.int64, device="cuda")
+        ops.attention(q, q, q, bias=table, bias_index=index)
+    assert calls.counts["hybridops.attention"] == (D <= 128 and not forced)
 
 
 class Unasked(TorchDispatchMode):

@@ -158,6 +158,16 @@ def test_torchs_best_attention_means_the_same(name, monkeypatch):
         close(case.call(inputs), expected)
 
 
+def test_torchs_best_attention_gives_nan_where_an_index_points_outside_the_table(monkeypatch):
+    """On a GPU nobody looks at the index first; here on CPU tensors."""
+    module = sys.modules["hybridops.ops.attention"]
+    monkeypatch.setattr(module, "_spread", module._nan_outside)
+    q, table, index = draw(1, 3, 2, 8), draw(2, 9), torch.tensor([[0, 8, 1], [0, 9, 1], [-1, 2, 3]])
+    y = module.attention_by_torch(q, q, q, table, index, None, 0.125, 0)
+    assert y.isnan().flatten(2).all(2).tolist() == [[False, True, True]]
+    close(y[:, 0], module.attention_reference(q, q, q, table, index % 9, None, 0.125, 0)[:, 0])
+
+
 def test_attention_of_a_row_without_keys_is_zero_as_in_torch():
     q, k, v = (draw(2, 5, 1, 4) for _ in range(3))
     padding = torch.tensor([[True] * 5, [False] * 5])

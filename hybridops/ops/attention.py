@@ -44,7 +44,7 @@ def attention_reference(q, k, v, bias, bias_index, key_padding_mask, scale, acti
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     scores = (q * scale) @ k.transpose(-2, -1)
     if bias is not None:
-        scores = scores + (bias if bias_index is None else bias[:, bias_index.long()])
+        scores = scores + (bias if bias_index is None else _spread(bias, bias_index))
     if key_padding_mask is not None:
         scores = scores.masked_fill(key_padding_mask[:, None, None, :], -math.inf)
     dead = (scores == -math.inf).all(-1, keepdim=True)
@@ -52,9 +52,21 @@ def attention_reference(q, k, v, bias, bias_index, key_padding_mask, scale, acti
     return activate((p @ v).transpose(1, 2).contiguous(), activation)
 
 
+def _spread(table, index):
+    """The table's bias of each score (H, Nq, Nk). On a GPU, where nobody has looked at the index,
+    NaN where it points outside, as the kernels have it."""
+    index = index.long()
+    return _nan_outside(table, index) if table.is_cuda else table[:, index]
+
+
+def _nan_outside(table, index):
+    inside = index.clamp(0, table.shape[1] - 1)
+    return table[:, inside].masked_fill(inside != index, math.nan)
+
+
 def attention_by_torch(q, k, v, bias, bias_index, key_padding_mask, scale, activation):
     """The same by torch's scaled_dot_product_attention: its best on a GPU without our kernels."""
-    mask = bias if bias_index is None else bias[None, :, bias_index.long()]
+    mask = bias if bias_index is None else _spread(bias, bias_index)[None]
     if key_padding_mask is not None:
         padding = key_padding_mask[:, None, None, :]
         mask = ~padding if mask is None else mask.masked_fill(padding, -math.inf)
@@ -182,9 +194,10 @@ def attention(
     if not -math.inf < scale < math.inf:  # as in check_eps, for symbols too
         raise ValueError(f"attention: scale must be finite, got {scale}")
     if backend.which("attention", q, _unserved(q, v)) == "reference":
-        if bias_index is not None:
+        on_gpu = q.device.type == "cuda"
+        if bias_index is not None and not on_gpu:
             _check_range(bias, bias_index)
-        plain = backend.reference_forced() or q.device.type != "cuda"
+        plain = backend.reference_forced() or not on_gpu
         torchs = attention_reference if plain else attention_by_torch
         return torchs(q, k, v, bias, bias_index, key_padding_mask, scale, code)
     try:
