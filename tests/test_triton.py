@@ -174,6 +174,24 @@ def test_the_gradients_of_a_convolution(image, weight, stride, padding):
         check.accurate(*three, f"gradient of {name}", factor=3)
 
 
+def test_no_kernel_runs_where_the_reference_is_asked_for():
+    q = torch.randn(1, 3, 1, 8, requires_grad=True)
+    with hybridops.use("triton"):
+        y = ops.attention(q, q, q)
+    before = backend.served.copy()
+    with (
+        hybridops.use("reference"),
+        pytest.raises(BackendUnavailable, match=r"attention_backward: .*: inside use\('reference'"),
+    ):
+        y.sum().backward()
+    x, weight = torch.randn(1, 4, 8).double(), torch.randn(8, 1, 3, 3).double()
+    reason = "no GPU kernel for float64"
+    with pytest.raises(BackendUnavailable, match=f"peg: .*: {reason}"):
+        torch.ops.hybridops.peg(x, weight, None, 2, 2, 0, 1, 1, True, 0, False)
+    assert backend.fallbacks["peg", reason]
+    assert backend.served == before
+
+
 def _by_the_old_api(how):
     torch.set_float32_matmul_precision("highest" if how == "ieee" else "high")
 

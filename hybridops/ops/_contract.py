@@ -62,6 +62,8 @@ def on_gpu(
     key(*args) gives a tensor that speaks for the call, and the size that `backend.GPU` compares.
     torchs: whose product stands for "torch" in that table, as `backend.served` names it, and the
     function that calls it.
+    What is served raises BackendUnavailable where the reference is due, in a backward inside
+    use("reference") say: there the doors alone have it.
     """
     twin = _cuda_twin(name)
     module, function = kernel.split(".")
@@ -75,6 +77,10 @@ def on_gpu(
         if torchs is not None and chosen != "triton":
             backend.served[name, torchs[0]] += 1
             return torchs[1](*args)
+        if chosen == "reference":  # a door's choice: it comes no further, but backwards do
+            forced = "inside use('reference')" if backend.reference_forced() else None
+            reason = forced or backend._kernels(name, x, size)[1]
+            raise backend.BackendUnavailable(f"{name}: no kernel may serve this call: {reason}")
         backend.served[name, "triton"] += 1
         with torch.cuda.device_of(x):  # Triton launches on the current device
             return getattr(importlib.import_module(f"hybridops.kernels.{module}"), function)(*args)
