@@ -1,9 +1,9 @@
 // hybridops_cuda::attention_backward: dq, dk, dv and dbias of hybridops_cuda::attention.
 //
 // One kernel of two kinds of blocks: 16 queries a warp give dq (and dbias), 16 keys a warp give dk
-// and dv, both from scores computed anew. So every gradient is summed in registers in a fixed
-// order: no atomics, no dq in memory twice. It costs two products of seven; up to about 320 keys
-// the memory is what takes the time.
+// and dv, both from scores computed anew. So each of these is summed in registers, and dbias in
+// memory by one block, image after image, in a fixed order: no atomics, no dq in memory twice. It
+// costs two products of seven; up to about 320 keys the memory is what takes the time.
 #include "attention.cuh"
 #include "attention_bias.cuh"
 

@@ -1,4 +1,4 @@
-"""What each entry of the tuning tables is tuned on: calls in the shapes of real models.
+"""What each entry of the tuning tables is tuned on: calls in shapes like those of models.
 
 A call is the name of a function in aot.py, which makes it on meta tensors, and its arguments.
 `case` gives the same as a case of the benchmark, which a GPU checks and times.
