@@ -58,6 +58,7 @@ ATTENTION = [
     ),
     # any dimension may be 0
     Attention("empty_batch", B=0, Nq=5, D=16),
+    Attention("empty_batch_bias", B=0, Nq=5, D=16, bias=(0, 1, 5, 5)),
     Attention("empty_heads", H=0, Nq=5, D=16),
     Attention("empty_queries", Nq=0, Nk=5, D=16),
     Attention("empty_keys", Nq=5, Nk=0, D=16),

@@ -234,7 +234,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
   const Tensor sums = torch::stable::contiguous(lse);
   Scratch shared;
   const Bias biases(shared, bias, bias_index, mask, B, H, Nq, Nk);
-  const bool per_image = needs_dbias && !bias_index.has_value() && bias->size(0) > 1;
+  const bool per_image = needs_dbias && !bias_index.has_value() && bias->size(0) != 1;
   Tensor full = empty({needs_dbias ? (per_image ? B : 1) : 0, H, Nq, Nk}, ScalarType::Float);
   auto* dbias = (float*)full.mutable_data_ptr();
   std::fill(dbias, dbias + full.numel(), 0.0f);

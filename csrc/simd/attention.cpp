@@ -83,7 +83,8 @@ void softmax_rows(float* scores, int64_t stride, int64_t rows, int64_t n, float 
 
 // p: scores -> 2^(t - lse), dp -> scale * p * (dp - delta); dbias += p * (dp - delta). delta, the
 // mean of dp weighted by p, is summed up here and not taken from the rounded output: what dp has in
-// common over all keys cancels only against its own sum.
+// common over all keys cancels only against its own sum. p is divided by its sum, which is 1 but
+// for the rounding of lse: that would be one error of all keys, which no sum evens out.
 template <class Bias>
 void softmax_backward_rows(float* p, float* dp, int64_t stride, int64_t rows, int64_t n,
                            float scale, const Bias* bias, int64_t bias_stride, const float* lse,
@@ -107,9 +108,10 @@ void softmax_backward_rows(float* p, float* dp, int64_t stride, int64_t rows, in
       weighted = fma(prob, load(dp + i), weighted);
       store(p + i, prob);
     }
-    const float delta = dead ? 0.0f : sum(weighted) / sum(all);
+    const float share = dead ? 0.0f : 1.0f / sum(all), delta = sum(weighted) * share;
     for (int64_t i = 0; i < n; i += kLanes) {
-      const Vec ds = load(p + i) * (load(dp + i) - delta);
+      const Vec prob = load(p + i) * share, ds = prob * (load(dp + i) - delta);
+      store(p + i, prob);
       if (dbias) {
         float* d = dbias + r * n + i;
         store_some(d, load_some(d, n - i) + ds, n - i);
