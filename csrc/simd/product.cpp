@@ -377,6 +377,26 @@ void transpose_bf16(const void* x, int64_t stride_x, int64_t rows, int64_t n, vo
     }
 }
 
+void activate_numbers(const void* x, Type type, int64_t n, int64_t activation, void* y) {
+  constexpr int64_t kTogether = 4 * kLanes;
+  const auto run = [=](const auto* from, auto* to) {
+    using T = std::remove_pointer_t<decltype(to)>;
+    for (int64_t i = 0; i < n; i += kTogether) {
+      Vec some[4];
+      HYBRIDOPS_UNROLL for (int v = 0; v < 4; ++v) {
+        const int64_t at = i + v * kLanes;
+        some[v] = at < n ? load_some(from + at, n - at) : Vec{};
+      }
+      activate<T>(some, 4, activation);
+      HYBRIDOPS_UNROLL for (int v = 0; v < 4; ++v) {
+        const int64_t at = i + v * kLanes;
+        if (at < n) store_some(to + at, some[v], n - at);
+      }
+    }
+  };
+  type == Type::kFloat ? run((const float*)x, (float*)y) : run((const BFloat16*)x, (BFloat16*)y);
+}
+
 void to_float(const void* x, Type type, int64_t stride_x, int64_t rows, int64_t n, float* y,
               int64_t stride_y) {
   for (int64_t r = 0; r < rows; ++r, y += stride_y)

@@ -84,6 +84,9 @@ void product_transposed(const float* a, int64_t stride_a, int64_t M, int64_t K, 
 void transpose_bf16(const void* x, int64_t stride_x, int64_t rows, int64_t n, void* y,
                     int64_t stride_y);
 
+// y = activation(x), n numbers, with the bits that `product` gives them.
+void activate_numbers(const void* x, Type type, int64_t n, int64_t activation, void* y);
+
 // Rows of n numbers converted to and from fp32.
 void to_float(const void* x, Type type, int64_t stride_x, int64_t rows, int64_t n, float* y,
               int64_t stride_y);

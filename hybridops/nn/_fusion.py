@@ -119,10 +119,14 @@ def linear_then(
 ) -> Tensor:
     """ops.linear with its activation, apart where that is faster and gives the same bits.
 
-    Of torch's activations only ReLU does; re-entrant checkpointing runs a layer both ways.
+    Re-entrant checkpointing runs a layer both ways. In bf16 what is apart is rounded in between.
     """
-    if activation == "relu" and _is_recorded(x, weight):
-        return finish(ops.linear(x, weight, bias, **rest), activation, residual)
+    if activation != "none" and _is_recorded(x, weight):
+        if activation == "relu":
+            return finish(ops.linear(x, weight, bias, **rest), activation, residual)
+        if x.is_cpu and x.dtype == torch.float32 and not is_autocast_on(x):
+            y = ops.activation(ops.linear(x, weight, bias, **rest), activation)
+            return y if residual is None else residual + y
     return ops.linear(x, weight, bias, activation=activation, residual=residual, **rest)
 
 

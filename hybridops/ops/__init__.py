@@ -1,8 +1,10 @@
-"""The five ops; what serves inference alone: whole layers and group_norm; or training: batch_norm.
+"""The five ops, and what serves inference or training alone.
 
+Inference: whole layers and group_norm. Training: batch_norm and activation.
 Each file reads meaning (reference), contract (schema, fake), gradient, door (checks).
 """
 
+from .activation import activation
 from .attention import attention
 from .batch_norm import batch_norm
 from .conv_stem import ConvLayer, MaxPool, conv_stem, pack_conv
@@ -15,6 +17,7 @@ from .peg import peg
 __all__ = [
     "ConvLayer",
     "MaxPool",
+    "activation",
     "attention",
     "attention_layer",
     "batch_norm",
