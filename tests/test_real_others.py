@@ -41,7 +41,7 @@ HF_SLOW = {
     "conditional_detr": Real(64, False, f"{_DETR} DecoderSelfAttention DecoderCrossAttention MLP"),
     "table-transformer": Real(64, False, f"{_DETR} Attention"),
     "deformable_detr": Real(64, False, "ConvEncoder SelfAttention MLP", ("deformable attention",)),
-    "rt_detr": Real(64, False, "EncoderLayer SelfAttention MLP RepVggBlock ResNetBottleNeckLayer"),
+    "rt_detr": Real(160, False, "EncoderLayer SelfAttention MLP RepVggBlock ResNetBottleNeckLayer"),
 }
 
 

@@ -190,3 +190,16 @@ def test_one_result_per_call_and_seeded(timm):
     x = image(model)
     assert str(verify(model, x)) == str(verify(model, x))
     assert hybridops.report(model).errors
+
+
+def test_a_frozen_norm_of_zero_is_woken():
+    """As timm's ResNets have it inside transformers' DETRs: it hides all that stands before it."""
+    from hybridops.nn.conv_body import FrozenBatchNorm2d
+    from hybridops.optimize.gates import randomise_gates
+
+    asleep, trained = FrozenBatchNorm2d(4), FrozenBatchNorm2d(4)
+    asleep.weight.zero_()
+    trained.weight.fill_(2.0)
+    randomise_gates(torch.nn.Sequential(asleep, trained), 0)
+    assert asleep.weight.min() >= 0.1
+    assert (trained.weight == 2).all()
