@@ -37,15 +37,16 @@ def randomise_gates(model: nn.Module, seed: int) -> None:
                 module.weight.div_(gain)
         if isinstance(module, _BatchNorm) and module.bias is not None:
             module.bias.copy_(_uniform(module.bias, generator, -0.5, 0.5))
-        if _is_frozen(module) and module.weight.abs().max() < NEAR_ZERO:
+        weight = _frozen_weight(module)
+        if weight is not None and weight.abs().max() < NEAR_ZERO:
             # small: its statistics stay as they are, and a body of such branches must not blow up
-            module.weight.copy_(_uniform(module.weight, generator, 0.1, 0.3))
+            weight.copy_(_uniform(weight, generator, 0.1, 0.3))
 
 
-def _is_frozen(module: Any) -> bool:
-    """Whether that is a BatchNorm all of which are buffers, as DETR's backbones have it."""
-    names = {"weight", "bias", "running_mean", "running_var"}
-    return names <= module._buffers.keys() and all(module._buffers[n] is not None for n in names)
+def _frozen_weight(module: nn.Module) -> Tensor | None:
+    """That of a BatchNorm all of which are buffers, as DETR's backbones have it."""
+    whole = {"weight", "bias", "running_mean", "running_var"} <= module._buffers.keys()
+    return module._buffers["weight"] if whole else None
 
 
 @torch.no_grad()
