@@ -182,3 +182,33 @@ def test_autocast_leaves_float64_alone_and_compiles():
         compiled = torch.compile(ops.linear, fullgraph=True, backend=counter)
         assert compiled(x.float(), x.float()).dtype == torch.bfloat16
     assert counter.frame_count == 1
+
+
+def test_a_bias_is_compared_with_symbols(timm):
+    """One graph of an optimized LeViT, whose sizes are all symbols from the first call on."""
+    from test_optimize import build, image
+
+    from hybridops import optimize
+
+    model, frames = optimize(build(timm, "levit")), []
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        model, fullgraph=True, dynamic=True, backend=lambda g, _: frames.append(g) or g.forward
+    )
+    with torch.no_grad():
+        for batch in (2, 3, 5):
+            images = image(model)[:1].repeat(batch, 1, 1, 1)
+            assert torch.allclose(compiled(images), model(images), atol=1e-4)
+    assert len(frames) == 1
+
+
+def test_swins_masks_repeat_with_the_batch(timm):
+    from hybridops import optimize
+
+    options = {"img_size": 56, "window_size": 7, "depths": (2, 1), "num_heads": (2, 2)}
+    name = "swin_tiny_patch4_window7_224"
+    model = optimize(timm.create_model(name, embed_dim=16, num_classes=5, **options).eval())
+    x, shapes = torch.randn(3, 3, 56, 56), ({0: torch.export.Dim("b", min=2, max=32)},)
+    with torch.no_grad():
+        exported = torch.export.export(model, (x[:2],), dynamic_shapes=shapes).module()
+        assert torch.allclose(exported(x), model(x), atol=1e-5)

@@ -220,7 +220,8 @@ def _check_bias(bias, q, expected):
     if bias.ndim == 3:
         bias = bias[None]
     fits = bias.ndim == 4 and all(
-        have in (1, want) for have, want in zip(bias.shape, expected, strict=True)
+        have == 1 or have == want  # not "in": tracing does not see symbols there
+        for have, want in zip(bias.shape, expected, strict=True)
     )
     if not fits:
         raise ValueError(f"attention: bias must broadcast to {expected}, got {tuple(bias.shape)}")

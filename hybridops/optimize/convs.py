@@ -122,7 +122,7 @@ def _flat(modules):
         if module is None or type(module) is nn.Identity:
             continue
         if path_of(module) in _NESTED:
-            yield from _flat(module.children())
+            yield from _flat(module._modules.values())  # children() drops one used twice
         elif "parametrizations" in module._modules:
             raise Unserved(f"a parametrised {original_class(module).__name__}")
         else:
@@ -250,7 +250,7 @@ class Chain(Fast):
 
     @classmethod
     def parts(cls, module: Any) -> list[nn.Module | None]:
-        return list(module.children())
+        return list(module._modules.values())  # children() drops one used twice
 
     @classmethod
     def unserved(cls, module, mode):

@@ -183,7 +183,8 @@ class Fast:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if len(cls.__bases__) == 2 and "replaces" not in vars(cls):
+        again = len(cls.__bases__) == 2 and issubclass(cls.__bases__[1], Fast)  # FSDP2's wrapping
+        if len(cls.__bases__) == 2 and not again and "replaces" not in vars(cls):
             cls.replaces = cls.__bases__[1]
 
     @classmethod

@@ -75,6 +75,17 @@ def split_bias(module: Any) -> Weights:
     return Weights(module.qkv.weight, bias, None)
 
 
+def tiled(bias: Tensor | None, images: int) -> Tensor | None:
+    """bias (E, heads, N, N) as it is; in a trace, where E divides the images, E of them for all.
+
+    Outside a trace the images are taken E at a time, without a copy. A loop over them would be
+    unrolled in a graph, which then served no other batch; and so would len() be its number.
+    """
+    if bias is None or bias.shape[0] == 1 or not torch.compiler.is_compiling():
+        return bias
+    return bias.repeat(images // bias.shape[0], 1, 1, 1)
+
+
 class QkvAttention(Fast):
     """Base of the rules for proj(attention(qkv(x)))."""
 
@@ -158,7 +169,10 @@ class QkvAttention(Fast):
         qkv, bias, proj = weights
         if extra is not None:
             bias = extra if bias is None else bias + extra
-        if not self.changes_qk and (bias is None or len(bias) in (1, len(x))):
+        bias = tiled(bias, x.shape[0])
+        if not self.changes_qk and (
+            bias is None or bias.shape[0] == 1 or bias.shape[0] == x.shape[0]
+        ):
             heads, key_dim = self._hybridops_plan.facts
             return attention_layer(
                 x,
@@ -188,8 +202,9 @@ class QkvAttention(Fast):
         else:
             q, k, v = qkv.view(B, N, 3, heads, key_dim).unbind(2)
         q, k = self.changed(q, k, *how)
-        scale, rows = self.score_scale(), 0 if bias is None or index is not None else len(bias)
-        if rows in (0, 1, B):
+        bias = bias if index is not None else tiled(bias, B)
+        scale, rows = self.score_scale(), 0 if bias is None or index is not None else bias.shape[0]
+        if rows == 0 or rows == 1 or rows == B:  # not "in": a trace sees no symbols there
             out = attention(q, k, v, bias=bias, bias_index=index, scale=scale)
         else:  # the same rows for every image: no copy of them for each
             images = zip(*(t.split(rows) for t in (q, k, v)), strict=True)

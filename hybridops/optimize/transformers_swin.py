@@ -8,6 +8,7 @@ from transformers.models.swin.modeling_swin import SwinAttention, SwinMLP, SwinP
 from ..ops import attention_layer
 from .fast import Fast, first, norm_of, not_layer_norm, not_plain_linear, one_dtype, scaled
 from .grid import squares
+from .qkv import tiled
 from .transformers_block import Perceptron, SelfAttention, product
 
 
@@ -18,9 +19,10 @@ class FastAttention(SelfAttention, SwinAttention):
     def _attend(self, x, mask, qkv, out, bias):
         if mask is not None:  # (windows of an image, N, N)
             bias = bias + mask[:, None]
+        bias = tiled(bias, x.shape[0])
         settings = {"heads": self.num_attention_heads, "key_dim": self.head_dim}
         settings |= {"scale": self.scaling, "bias": bias}
-        if len(bias) in (1, len(x)):
+        if bias.shape[0] == 1 or bias.shape[0] == x.shape[0]:
             return attention_layer(x, qkv, out, **settings)
         images = x.split(len(bias))  # the same rows for every image: no copy of them for each
         return torch.cat([attention_layer(image, qkv, out, **settings) for image in images])
