@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from check import same_bits
 from composed import build, first
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -13,6 +14,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 NAMES = ("cpvt", "vit")
+KINDS = [(name, kind) for name in NAMES for kind in ("ddp", "fsdp2")]
+DEFAULT = "vit", "fsdp2, optimized for inference"  # FSDP2 wraps a class around each rule
 
 
 def loss(model, images):
@@ -46,6 +49,14 @@ def work(rank, path):
         assert all(isinstance(p, DTensor) for p in model.parameters())
         loss(model, images[rank::2]).backward()
         found[name, "fsdp2"] = gradients(model)
+    model, images = build("vit")
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    with torch.no_grad():
+        found["logits"] = model(images)
+    loss(model.train(), images[rank::2]).backward()
+    found[DEFAULT] = gradients(model)
     if rank == 0:
         torch.save(found, f"{path}/found.pt")
     dist.destroy_process_group()
@@ -60,10 +71,9 @@ def found(tmp_path_factory):
     return torch.load(path / "found.pt", weights_only=True)
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "kind"), [*KINDS, DEFAULT])
 def test_two_processes_have_the_gradients_of_one(timm, found, name, kind):
-    model, images = build(name, "train")
+    model, images = build(name, "inference" if (name, kind) == DEFAULT else "train")
     loss(model.train(), images).backward()
     expected = gradients(model)
     assert set(found[name, kind]) == set(expected)
@@ -72,3 +82,7 @@ def test_two_processes_have_the_gradients_of_one(timm, found, name, kind):
         torch.testing.assert_close(
             grad, expected[key], rtol=1e-4, atol=1e-5 * largest, msg=lambda m, k=key: f"{k}: {m}"
         )
+
+
+def test_sharded_inference_is_that_of_one_process(timm, found):
+    assert same_bits(found["logits"], build("vit")())

@@ -44,6 +44,20 @@ def test_bfloat16(timm, name):
     assert result.ok, str(result)
 
 
+def test_an_activation_used_twice_is_applied_twice(timm):
+    """children() names it once."""
+    resnet = build(timm, "resnet18d")
+    resnet.conv1[5] = resnet.conv1[2]
+    xcit = timm.create_model("xcit_nano_12_p16_224", img_size=64, depth=1).eval()
+    chain = xcit.patch_embed.proj
+    for i, layer in enumerate(chain):
+        if type(layer) is nn.GELU:
+            chain[i] = chain[1]
+    for model in (resnet, xcit):
+        result = verify(optimize(model), images())
+        assert result.ok, str(result)
+
+
 @pytest.mark.models
 def test_vit_base_r50(timm):
     model = timm.create_model("vit_base_r50_s16_224", img_size=64).eval()

@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from .. import backend
 from ..ops import pack_conv, pack_linear
@@ -104,6 +106,16 @@ def _is_fresh(entry: _Entry, sources: Sequence[Tensor | None]) -> bool:
         and tuple(map(Tensor.data_ptr, tensors)) == entry.pointers
         and tuple(map(_shape, tensors)) == entry.shapes
     )
+
+
+def _count_fused_step(optimizer: Optimizer, *_: Any) -> None:
+    """An optimizer with fused=True writes its parameters without bumping their versions."""
+    for group in optimizer.param_groups:
+        if group.get("fused"):
+            increment_version([p for p in group["params"] if p.grad is not None])
+
+
+register_optimizer_step_post_hook(_count_fused_step)
 
 
 def _norm_sources(norm):
