@@ -5,8 +5,9 @@ One kernel per block of queries (dq, and delta, which the other two need), one p
 
 The probabilities come back as exp2(s - lse). An lse near 8 in fp32 is off by up to half a unit in
 its last place, which makes all probabilities of a row wrong by one factor: up to 5e-7, more than
-all of torch's own error. dq, which sees whole rows, divides by the sum of what came back; dk, dv
-and dbias are sums over many rows, whose errors have no common factor.
+all of torch's own error. So dq, which sees whole rows, divides by the sum of what came back, and
+leaves 1 / sum for the others, who scale dy and delta by it: as good as scaling p, and fewer numbers.
+Only in fp32, as half precision cannot tell.
 """
 
 import torch
@@ -66,12 +67,19 @@ def _gradient_of_scores(
     DV: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """(q, dy, p, ds) of a tile of queries. sums: (lse, and _dq_kernel's delta)."""
+    """(q, dy, p, ds) of a tile of queries. sums: lse, and _dq_kernel's delta and, in fp32, 1 / sum.
+
+    There dy is already divided by the row's sum, and so is ds.
+    """
     H, Nq, _, _ = sizes
     at = (b * H + h) * Nq
     q = tile(head(tensors[0][0], strides[0][0], b, h), rows, Nq, strides[0][0], d, D)
     dy = tile(head(dy_ptr, dy_stride, b, h), rows, Nq, dy_stride, e, DV)
     delta = tl.load(sums[1] + at + rows, rows < Nq, 0.0)
+    if sums[2] is not None:
+        inverse = tl.load(sums[2] + at + rows, rows < Nq, 0.0)
+        dy *= inverse[:, None]
+        delta *= inverse
     s = scores(*(q, k, b, h, rows, cols, sizes, scale2, tensors[1], strides[1], PRECISION))
     p, ds = _dscores(s, dy, v, _log2_sums(sums[0] + at, rows, Nq), delta, PRECISION)
     return q, dy, p, ds
@@ -100,7 +108,7 @@ def _dq_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
 ):
-    """dq of one block of queries, and delta = sum(dy * out) for the kernels that follow."""
+    """dq of one block of queries; delta = sum(dy * out) and 1 / sum for the kernels that follow."""
     H, Nq, Nk, _ = sizes
     q_stride, k_stride, v_stride = strides[0]
     m_blocks = tl.cdiv(Nq, BLOCK_M)
@@ -128,7 +136,10 @@ def _dq_kernel(
         p, ds = _dscores(s, dy, v, lse, delta, PRECISION)
         total += tl.sum(p, 1)
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
-    dq *= (scale / tl.where(total == 0.0, 1.0, total))[:, None]
+    inverse = 1.0 / tl.where(total == 0.0, 1.0, total)
+    if sums[2] is not None:
+        tl.store(sums[2] + bh * Nq + rows, inverse, rows < Nq)
+    dq *= (scale * inverse)[:, None]
     store(dq_ptr + b * Nq * H * D + h * D, dq, rows, Nq, H * D, d, D)
 
 
@@ -277,7 +288,8 @@ def backward(dy, q, k, v, bias, bias_index, key_padding_mask, out, lse, scale, n
         return dq.zero_(), dk.zero_(), dv.zero_(), dbias
     call = Call(q, k, v, bias, bias_index, key_padding_mask)
     lse = lse.contiguous()
-    sums = (lse, torch.empty_like(lse))  # the second is delta
+    inverse = torch.empty_like(lse) if q.dtype == torch.float32 else None
+    sums = (lse, torch.empty_like(lse), inverse)
     scales = (scale, scale * LOG2E)
     wide = tuned.is_wide(dy, q, k, v, bias, out, dq, dk, dv)
     fixed = {"PRECISION": tuned.precision(q), "WIDE": wide}

@@ -110,6 +110,21 @@ def test_padded_keys_beside_a_bias(bias):
     check.outputs_and_gradients(case, torch.float32, "triton")
 
 
+def test_gradients_in_fp32_do_not_trust_the_last_places_of_lse():
+    """What is off by one factor along a row is divided out, in all four gradients."""
+    from hybridops.kernels import attention, attention_backward
+
+    case = Attention("off", B=1, H=2, Nq=3, Nk=20, D=16, bias=(1, 2, 3, 20), mask="tail")
+    t = case.make_inputs(torch.float32)
+    given = (*(t[n] for n in "qkv"), t["bias"], None, t["key_padding_mask"])
+    out, lse = attention.forward(*given, 0.25, 0)
+    dy = torch.randn(out.shape, generator=torch.Generator().manual_seed(0))
+    right = attention_backward.backward(dy, *given, out, lse, 0.25, True)
+    off = attention_backward.backward(dy, *given, out, lse + 0.125, 0.25, True)
+    for a, b in zip(off, right, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("bias", [(1, 2, 20, 33), (1, 1, 1, 33), (2, 1, 20, 33)], ids=str)
 def test_gradient_of_the_bias_does_not_depend_on_how_it_is_cut(bias, monkeypatch):
     from hybridops.kernels import tuned
