@@ -43,7 +43,7 @@ bench: venv build ## measure both suites and draw their report (10 minutes, on a
 
 test: venv ## build and run all tests, but for wide and test-models
 	$(MAKE) --no-print-directory -j 3 build emulated512 cuda-emulated
-	$(BIN)/python -m pytest -n 2 -q -m "not models and not wide" tests
+	$(BIN)/python -m pytest -n 2 --dist worksteal -q -m "not models and not wide" tests
 
 test-models: venv build ## models at their real size against timm's (minutes, 8 GB of memory)
 	$(BIN)/python -m pytest -q -m models tests

@@ -144,10 +144,8 @@ def forward(q, k, v, bias, bias_index, key_padding_mask, scale, activation):
     lse = q.new_empty((B, H, Nq), dtype=torch.float32)
     if lse.numel() == 0:
         return out, lse
-    call = Call(q, k, v, bias, bias_index, key_padding_mask)
-    # Tiles of an int64 index beside those of a bias: at 128 x 64 they spill and fill shared memory.
-    kernel = "attention_forward" if bias is None else "attention_forward_bias"
-    blocks, options = call.blocks(kernel)
+    call = Call(q, k, v, bias, bias_index, key_padding_mask, out)
+    blocks, options = call.blocks("attention_forward")
     m_blocks = triton.cdiv(Nq, blocks["BLOCK_M"])
     splits = _splits(B * H * m_blocks, triton.cdiv(Nk, blocks["BLOCK_N"]))
     parts = (None, None)
@@ -164,7 +162,7 @@ def forward(q, k, v, bias, bias_index, key_padding_mask, scale, activation):
         SPLITS=splits,
         ACTIVATION=activation,
         PRECISION=tuned.precision(q),
-        WIDE=tuned.is_wide(q, k, v, bias, out),
+        WIDE=call.wide,
         **blocks,
         **options,
     )

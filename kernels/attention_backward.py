@@ -6,8 +6,8 @@ One kernel per block of queries (dq, and delta, which the other two need), one p
 The probabilities come back as exp2(s - lse). An lse near 8 in fp32 is off by up to half a unit in
 its last place, which makes all probabilities of a row wrong by one factor: up to 5e-7, more than
 all of torch's own error. So dq, which sees whole rows, divides by the sum of what came back, and
-leaves 1 / sum for the others, who scale dy and delta by it: as good as scaling p, and fewer numbers.
-Only in fp32, as half precision cannot tell.
+leaves 1 / sum for the others, who scale dy and delta by it: as good as scaling p, and fewer
+numbers. Only in fp32, as half precision cannot tell.
 """
 
 import torch
@@ -286,13 +286,12 @@ def backward(dy, q, k, v, bias, bias_index, key_padding_mask, out, lse, scale, n
     dbias = lse.new_zeros(bias.shape if needs_dbias else (0,))
     if 0 in (B, Nq, H, Nk):
         return dq.zero_(), dk.zero_(), dv.zero_(), dbias
-    call = Call(q, k, v, bias, bias_index, key_padding_mask)
+    call = Call(q, k, v, bias, bias_index, key_padding_mask, dy, out, dq, dk, dv)
     lse = lse.contiguous()
     inverse = torch.empty_like(lse) if q.dtype == torch.float32 else None
     sums = (lse, torch.empty_like(lse), inverse)
     scales = (scale, scale * LOG2E)
-    wide = tuned.is_wide(dy, q, k, v, bias, out, dq, dk, dv)
-    fixed = {"PRECISION": tuned.precision(q), "WIDE": wide}
+    fixed = {"PRECISION": tuned.precision(q), "WIDE": call.wide}
     blocks, options = call.blocks("attention_dq")
     _dq_kernel[(triton.cdiv(Nq, blocks["BLOCK_M"]) * B * H,)](
         *call.tensors,

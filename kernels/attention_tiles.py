@@ -132,12 +132,20 @@ def live_list(key_padding_mask, block):
 
 
 class Call:
-    """One call's tensors and numbers, as the kernels' leading arguments have them."""
+    """One call's tensors and numbers, as the kernels' leading arguments have them.
 
-    def __init__(self, q, k, v, bias, bias_index, key_padding_mask):
+    others: what else a kernel of the call reads or writes, shaped like q, k or v.
+    """
+
+    def __init__(self, q, k, v, bias, bias_index, key_padding_mask, *others):
         (B, Nq, H, D), (Nk, DV) = q.shape, (k.shape[1], v.shape[3])
         self.q, self.shape, self.widths = q, (B, H, Nq, Nk), {"D": D, "DV": DV}
         self.mask = key_padding_mask
+        # What takes registers beside the products: a bias (and its index, in 64 bits), columns to
+        # mask in every tile, offsets in 64 bits. In the tiles of the others it spills.
+        self.wide = tuned.is_wide(q, k, v, bias, *others)
+        ragged = any(width & (width - 1) for width in self.widths.values())
+        self.lean = bias is not None or ragged or self.wide
         self.sizes = (H, Nq, Nk, 0 if bias_index is None else bias.shape[1])
         mask = None if key_padding_mask is None else key_padding_mask.view(torch.uint8)
         self.tensors = (
@@ -157,8 +165,12 @@ class Call:
         return strides, index, (0, 0) if mask is None else mask.stride()
 
     def blocks(self, kernel):
-        """(block sizes, launch options): the table's, no larger than what there is to do."""
+        """(block sizes, launch options): the table's, no larger than what there is to do.
+
+        A kernel that has smaller tiles for what is lean has them as `kernel`_lean.
+        """
         _, _, Nq, Nk = self.shape
+        kernel += "_lean" * (self.lean and kernel != "attention_dbias")
         entry = tuned.config(kernel, self.q, max(self.widths.values()))
         M, N = entry.pop("BLOCK_M"), entry.pop("BLOCK_N")
         full, M = M * N, min(M, max(16, triton.next_power_of_2(Nq)))

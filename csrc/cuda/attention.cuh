@@ -77,6 +77,7 @@ HYBRIDOPS_DEVICE bool any_open(Shared<float> mask, int first, int end) {
 // mask[i] = 0 where key first + i takes part, -inf where it is padding or does not exist.
 HYBRIDOPS_DEVICE void stage_mask(Shared<float> mask, Global<const bool> padding, int64_t b, int Nk,
                                  int first, int count, int who, int step) {
+#pragma unroll 1
   for (int i = who; i < count; i += step) {
     const int j = first + i;
     const bool closed = j >= Nk || (padding && padding.load(b * Nk + j));

@@ -236,12 +236,11 @@ HYBRIDOPS_DEVICE float activate(float x, int kind) {
       return x < 0.0f ? 0.0f : x;  // NaN stays NaN
     case kGelu:
       return 0.5f * x * (1.0f + erff(x * 0.70710678118654752f));
-    case kGeluTanh: {  // 0.5 x (1 + tanh(t)) = x sigmoid(2t)
-      const float t = x * 1.5957691216057308f * fmaf(x * x, 0.044715f, 1.0f);
-      return x / (expf(-t) + 1.0f);
+    case kGeluTanh:
+    case kSilu: {  // one division for both, in code: 0.5 x (1 + tanh(t)) = x sigmoid(2t)
+      const float twice = x * 1.5957691216057308f * fmaf(x * x, 0.044715f, 1.0f);
+      return x / (expf(kind == kSilu ? -x : -twice) + 1.0f);
     }
-    case kSilu:
-      return x / (expf(-x) + 1.0f);
     case kHardswish:
       return x * fminf(fmaxf(x + 3.0f, 0.0f), 6.0f) * (1.0f / 6.0f);
     default:

@@ -171,6 +171,11 @@ __global__ void __launch_bounds__(kThreads, 3)
   }
 }
 
+// How many taps' sums a block adds up at a time: all at once take too much shared memory, and one
+// by one 50 copies of the loop and as many barriers.
+template <int kK>
+constexpr int kTogether = 2 * kK;
+
 // dx of stride 1 and equal grids, and this block's share of dweight and dbias:
 // partial (chunks, K * K + 1, C).
 template <class T, int kK, int V>
@@ -178,14 +183,14 @@ __global__ void __launch_bounds__(kThreads, 2)
     peg_backward_kernel(Global<const T> dy, Global<const T> x, Global<const T> weight, Global<T> dx,
                         Global<float> partial, Grid g, int64_t dy_stride_b, int64_t x_stride_b,
                         bool residual) {
-  constexpr int R = 2, KK = kK * kK;
+  constexpr int R = 2, KK = kK * kK, kGroup = kTogether<kK>;
   const int width = g.lanes * V;
   SharedMemory memory;
   const Shared<float> taps = memory.take<float>((KK + 1) * width);
-  const Shared<float> sums = memory.take<float>(kThreads * V);
+  const Shared<float> sums = memory.take<float>(kGroup * kThreads * V);
   stage(taps, weight, Global<const T>{}, g, width);
   const Share share(g, V, g.items);
-  float dw[KK][V] = {}, db[V] = {};
+  float dw[KK + 1][V] = {};  // the last is the bias'
   const int per_image = g.H * g.strips;
   const int cells = g.items - (int)((int64_t)g.items / (per_image + g.prefix)) * g.prefix;
   for (int item = share.first; item < share.end; item += share.rows) {
@@ -225,7 +230,7 @@ __global__ void __launch_bounds__(kThreads, 2)
             out[r][v] = fmaf(tap[j][v], d[v], out[r][v]);
             dw[i * kK + j][v] = fmaf(value[r][v], d[v], dw[i * kK + j][v]);
             if (i == kK / 2 && j == kK / 2) {
-              db[v] += d[v];
+              dw[KK][v] += d[v];
               if (residual) out[r][v] += d[v];
             }
           }
@@ -240,16 +245,22 @@ __global__ void __launch_bounds__(kThreads, 2)
   // the rows of the block, one after the other
   const int tile = (int)(block_index() % g.tiles), chunk = (int)(block_index() / g.tiles);
 #pragma unroll
-  for (int t = 0; t <= KK; ++t) {
+  for (int first = 0; first <= KK; first += kGroup) {
 #pragma unroll
-    for (int v = 0; v < V; ++v)
-      sums.store(share.row * width + share.lane * V + v, t == KK ? db[v] : dw[t % KK][v]);
+    for (int t = 0; t < kGroup; ++t)
+#pragma unroll
+      for (int v = 0; v < V; ++v)
+        if (first + t <= KK)
+          sums.store((share.row * kGroup + t) * width + share.lane * V + v,
+                     dw[first + t <= KK ? first + t : 0][v]);
     block_barrier();
-    for (int c = thread_index(); c < width; c += thread_count()) {
+    const int here = Share::min_of(kGroup, KK + 1 - first);
+    for (int i = thread_index(); i < here * width; i += thread_count()) {
+      const int t = first + i / width, c = tile * width + i % width;
       float sum = 0.0f;
-      for (int row = 0; row < share.rows; ++row) sum += sums.load(row * width + c);
-      if (tile * width + c < g.C)
-        partial.store(((int64_t)chunk * (KK + 1) + t) * g.C + tile * width + c, sum);
+#pragma unroll 1
+      for (int row = 0; row < share.rows; ++row) sum += sums.load(row * kGroup * width + i);
+      if (c < g.C) partial.store(((int64_t)chunk * (KK + 1) + t) * g.C + c, sum);
     }
     block_barrier();
   }
@@ -421,11 +432,12 @@ void forward(const Device& device, const Tensor& x, const Tensor& weight,
 template <class T, int kK, int V>
 void backward(const Device& device, const Tensor& dy, const Tensor& x, const Tensor& weight,
               Tensor& dx, Tensor& partial, const Grid& g, bool residual) {
-  device.launch(
-      peg_backward_kernel<T, kK, V>, (int64_t)g.tiles * g.chunks, kThreads,
-      shared_bytes<float>((int64_t)(kK * kK + 1) * g.lanes * V) + shared_bytes<float>(kThreads * V),
-      memory_of<const T>(dy), memory_of<const T>(x), memory_of<const T>(weight), memory_of<T>(dx),
-      memory_of<float>(partial), g, dy.stride(0), x.stride(0), residual);
+  device.launch(peg_backward_kernel<T, kK, V>, (int64_t)g.tiles * g.chunks, kThreads,
+                shared_bytes<float>((int64_t)(kK * kK + 1) * g.lanes * V) +
+                    shared_bytes<float>(kTogether<kK> * kThreads * V),
+                memory_of<const T>(dy), memory_of<const T>(x), memory_of<const T>(weight),
+                memory_of<T>(dx), memory_of<float>(partial), g, dy.stride(0), x.stride(0),
+                residual);
 }
 
 Tensor peg(Tensor input, Tensor weight, std::optional<Tensor> bias, int64_t H, int64_t W,

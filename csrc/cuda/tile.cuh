@@ -163,6 +163,7 @@ HYBRIDOPS_DEVICE void stage(Shared<T> to, int ld, Global<const T> from, int64_t 
     return;
   }
   const bool down = stride_row == 1 && stride_column != 1;  // walk along what lies side by side
+#pragma unroll 1  // seldom needed, and in many places
   for (int i = who; i < padded_rows * padded_columns; i += count) {
     const int row = down ? i % padded_rows : i / padded_columns;
     const int column = down ? i / padded_rows : i % padded_columns;

@@ -69,16 +69,16 @@ def meta(*shape, dtype=HALF):
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def attend(D, dtype=HALF, Dv=None, N=(1024, 1024), B=8, table=False, mask=False, backward=True):
+def attend(D, dtype=HALF, Dv=None, N=(1024, 1024), B=8, bias=None, mask=False):
     q, k = meta(B, N[0], 4, D, dtype=dtype), meta(B, N[1], 4, D, dtype=dtype)
     v = meta(B, N[1], 4, Dv or D, dtype=dtype)
-    bias, index = (
-        (meta(4, 256, dtype=dtype), meta(*N, dtype=torch.int64)) if table else (None, None)
-    )
+    shapes = {None: None, "dense": (1, 4, *N), "table": (4, 256)}
+    added = meta(*shapes[bias], dtype=dtype) if bias else None
+    index = meta(*N, dtype=torch.int64) if bias == "table" else None
     padding = meta(B, N[1], dtype=torch.bool) if mask else None
-    out, lse = attention.forward(q, k, v, bias, index, padding, 0.125, 5 if table else 0)
-    if backward:
-        attention_backward.backward(out, q, k, v, bias, index, padding, out, lse, 0.125, table)
+    given = (q, k, v, added, index, padding)
+    out, lse = attention.forward(*given, 0.125, 5 if index is not None else 0)
+    attention_backward.backward(out, *given, out, lse, 0.125, bias is not None)
 
 
 def grid(K, dtype=HALF):

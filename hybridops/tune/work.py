@@ -23,12 +23,15 @@ def calls() -> Iterator[Call]:
     for D in (64, 128):
         yield "attend", (D,)
         yield "attend", (D, FULL)
-    yield "attend", (16, HALF, 32, (196, 196), 64, True)  # LeViT with its table
-    yield "attend", (128, HALF, 128, (196, 196), 8, True)
+    yield "attend", (16, HALF, 32, (196, 196), 64, "table")  # LeViT, and LeViT-256 downsampling
+    yield "attend", (32, HALF, 128, (49, 196), 8, "table")
     for D in (64, 128):
-        yield "attend", (D, FULL, D, (196, 196), 8, True)
-    yield "attend", (32, HALF, 32, (100, 950), 2, False, True)  # DETR: padding, split keys
-    yield "attend", (16, HALF, 16, (1, 1), 1, True, True)  # sizes that become constants
+        yield "attend", (D, FULL, D, (197, 197), 8, "table")
+    yield "attend", (32, HALF, 32, (49, 49), 64, "table", True)  # what takes most registers
+    yield "attend", (64, HALF, 64, (197, 197), 8, "dense", True)
+    yield "attend", (36, HALF, 36, (256, 256), 8)
+    yield "attend", (32, HALF, 32, (100, 950), 2, None, True)  # DETR: padding, split keys
+    yield "attend", (16, HALF, 16, (1, 1), 1, "table", True)  # sizes that become constants
     for K in (3, 7):
         yield "grid", (K,)
         yield "grid", (K, FULL)
@@ -36,9 +39,10 @@ def calls() -> Iterator[Call]:
         yield "product", (N,)
         yield "product", (N, HALF, True)
     yield "product", (1536, FULL)
-    yield "stem", ((32, 64, 128),)
+    yield "stem", ((24, 48, 128),)
     yield "stem", ((32, 64), FULL)
     yield "patches", (192,)
+    yield "patches", (192, FULL)
     yield "patches", (768,)
 
 
@@ -48,9 +52,10 @@ def case(call: Call, batch: int = 1) -> tuple[Case, torch.dtype]:
     return _CASES[function](batch, *arguments)
 
 
-def _attend(batch, D, dtype=HALF, Dv=None, N=(1024, 1024), B=8, table=False, mask=False, back=True):
-    options: dict[str, Any] = {"bias": "table" if table else None, "mask": "tail" if mask else None}
-    options["activation"] = "hardswish" if table else "none"
+def _attend(batch, D, dtype=HALF, Dv=None, N=(1024, 1024), B=8, bias=None, mask=False):
+    options: dict[str, Any] = {"bias": (1, 4, *N) if bias == "dense" else bias}
+    options["mask"] = "tail" if mask else None
+    options["activation"] = "hardswish" if bias == "table" else "none"
     return Attention("tune", B=B * batch, H=4, Nq=N[0], Nk=N[1], D=D, Dv=Dv, **options), dtype
 
 
