@@ -357,6 +357,29 @@ def test_weights_that_do_not_fit_change_nothing(hf):
         load_weights(fresh, {"something": torch.zeros(1)})
 
 
+def test_parts_that_cannot_be_joined_are_named(hf):
+    """Torch would join integers with reals, and rows of unequal counts."""
+    ours, theirs = pair(hf)
+    before, state = copy.deepcopy(ours.state_dict()), theirs.state_dict()
+    k, q = (f"encoder.layers.0.self_attn.{letter}_proj.weight" for letter in "kq")
+
+    def error_of(**parts):
+        named = {f"model.encoder.layers.0.self_attn.{n}_proj.weight": v for n, v in parts.items()}
+        with pytest.raises(WeightsError, match="do not fit Detr") as error:
+            load_weights(ours, state | named)
+        assert not error.value.missing + error.value.unexpected
+        assert all(same_bits(v, before[key]) for key, v in ours.state_dict().items())
+        return error.value
+
+    square = state[f"model.{k}"]
+    for odd in (square.int(), square.to("meta"), square.to_sparse(), square.to(torch.complex64)):
+        assert error_of(k=odd).unusable == (k,)
+    unequal = error_of(k=torch.zeros(96, 64), q=torch.zeros(32, 64)).mismatched
+    assert unequal == {q: ((64, 64), (32, 64)), k: ((64, 64), (96, 64))}
+    assert error_of(k=torch.zeros(64, 63)).mismatched == {k: ((64, 64), (64, 63))}
+    load_weights(ours, state | {f"model.{k}": square.double()})
+
+
 SIZES = [(480, 640), (640, 427), (427, 640), (800, 1066), (50, 2000), (33, 31), (1333, 1333)]
 
 
