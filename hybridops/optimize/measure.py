@@ -136,7 +136,8 @@ def capture(model: nn.Module, args: tuple[Any, ...], layers: dict[str, Any]) -> 
         def call(*args, **kwargs):
             if fqn not in calls:
                 args, kwargs = pytree.tree_map_only(Tensor, Tensor.clone, (args, kwargs))
-                calls[fqn] = Call(layers[fqn].overrides, args, kwargs)
+                asked = layers[fqn].as_called(args, kwargs)
+                calls[fqn] = Call(layers[fqn].overrides, *asked)
             return method(*args, **kwargs)
 
         return call

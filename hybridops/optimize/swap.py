@@ -21,6 +21,7 @@ from .. import backend as backends
 from ..compat import register_transformers
 from ..nn import _derived
 from . import rules
+from .callers import holders_of
 from .fast import PLAN, Fast, Plan, dotted, original_class
 
 JOURNAL = "_hybridops_journal"
@@ -52,6 +53,7 @@ class Layer:
     old: str
     rule: str | None = None
     reason: str | None = None
+    note: str | None = None  # what the rule leaves to torch
 
 
 @dataclass
@@ -160,6 +162,7 @@ def survey(
     covered: set[int] = set()
     parts: dict[int, str] = {}  # of modules that no kernel can serve
     names = {id(module): fqn for fqn, module in model.named_modules()}
+    holders = holders_of(model)
     for fqn, module in model.named_modules():
         layer = Layer(fqn, dotted(original_class(module)))
         rule, layer.reason = rules.find(module)
@@ -167,6 +170,7 @@ def survey(
             layer.reason = _reason(module, fqn, rule, mode, patterns, filter_fn, names)
             if layer.reason is None:
                 layer.rule = dotted(rule)
+                layer.note = rule.note(module, holders.get(id(module), ()))
                 covered.update(id(m) for child in rule.bypassed(module) for m in child.modules())
                 if not isinstance(module, Fast):
                     swaps.append((module, rule))
@@ -251,8 +255,10 @@ def _put_back(module):
 
 def _watch(model):
     """Settle what every replaced module bypasses, once all classes are what they will be."""
+    holders = holders_of(model)
     for module in model.modules():
         if isinstance(module, Fast):
+            type(module).learn(module, holders.get(id(module), ()))
             module.__dict__[PLAN].watch(module, type(module).bypassed(module))
 
 
