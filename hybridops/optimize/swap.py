@@ -21,6 +21,7 @@ from .. import backend as backends
 from ..compat import register_transformers
 from ..nn import _derived
 from . import rules
+from .attentions import is_attention, tell_parts
 from .callers import holders_of
 from .fast import PLAN, Fast, Plan, dotted, original_class
 
@@ -35,7 +36,6 @@ _HOT: dict[type[nn.Module], str] = {
     nn.MultiheadAttention: "no rule",
 }
 _NO_RULE = "no rule for this kind of attention"
-_ATTENTION = ("Attention", "Attn", "MHSA", "MHA")
 
 Model = TypeVar("Model", bound=nn.Module)
 Filter = Callable[[nn.Module, str], bool]
@@ -183,35 +183,14 @@ def survey(
             else:
                 alone = next((why for cls, why in _HOT.items() if isinstance(module, cls)), None)
                 layer.reason = alone and parts.get(id(module), alone)
-                if alone is None and _is_attention(module):
+                if alone is None and is_attention(module):
                     layer.reason = _NO_RULE
-                    _tell_parts(parts, fqn, module)
+                    tell_parts(parts, fqn, module)
         elif layer.old in rules.UNSERVED:
-            _tell_parts(parts, fqn, module)
+            tell_parts(parts, fqn, module)
         if layer.rule or layer.reason:
             layers.append(layer)
     return layers, swaps
-
-
-def _is_attention(module: nn.Module) -> bool:
-    """Whether a class that no rule names is an attention: by its name, its parts not served."""
-    if not any(word in type(module).__name__ for word in _ATTENTION):
-        return False
-    below = [child for child in module.modules() if child is not module]
-    if any(_is_known(child) or _is_attention(child) for child in below):
-        return False
-    return any(isinstance(child, (nn.Linear, nn.Conv2d)) for child in below)
-
-
-def _is_known(module: nn.Module) -> bool:
-    rule, reason = rules.find(module)
-    return reason is not None or (rule is not None and not rule.implied)
-
-
-def _tell_parts(parts: dict[int, str], fqn: str, module: nn.Module) -> None:
-    """What stands below an attention that no rule serves is part of that."""
-    part = f"part of {fqn or 'the model'}, which is torch's"
-    parts.update((id(below), part) for below in module.modules())
 
 
 def _reason(module, fqn, rule, mode, patterns, filter_fn, names):
