@@ -59,6 +59,10 @@ def test_explain_of_unknown_names(timm, name, match):
         explain(name)
 
 
+def test_explain_builds_what_reads_numbers_on_the_cpu(timm):
+    assert explain("torchvision:regnet_y_400mf").layers
+
+
 def test_explain_transformers():
     pytest.importorskip("transformers")
     with warnings.catch_warnings():

@@ -25,7 +25,7 @@ def explain(name_or_model: str | nn.Module, mode: str = "inference", **kwargs: A
     name_or_model: a model, or "timm:levit_256", "torchvision:vit_b_16", "hybridops:cpvt_tiny",
     "transformers:vit" (a model type or, as in "transformers:DetrForObjectDetection", a class, with
     its default configuration, or a name whose configuration is in the local cache). Named models
-    are built without weights; kwargs go to the model's constructor.
+    are built without trained weights; kwargs go to the model's constructor.
     Raises ValueError for a name that nothing knows, ImportError for a library that is missing.
     """
     model = build(name_or_model, **kwargs) if isinstance(name_or_model, str) else name_or_model
@@ -37,8 +37,14 @@ def explain(name_or_model: str | nn.Module, mode: str = "inference", **kwargs: A
 
 
 def build(name: str, **kwargs: Any) -> nn.Module:
-    """The named model on the meta device: all of its structure, none of its memory."""
-    with torch.device("meta"):
+    """The named model on the meta device: all of its structure, none of its memory.
+
+    On the CPU where its constructor reads numbers, as that of torchvision's RegNet does.
+    """
+    try:
+        with torch.device("meta"):
+            return create(name, **kwargs)
+    except NotImplementedError:  # meta tensors have no numbers
         return create(name, **kwargs)
 
 
