@@ -70,6 +70,7 @@ class Plan:
 
     def __init__(self, fold: bool) -> None:
         self.fold = fold
+        self.rule: Any = None  # the class by which the module's was replaced
         self.facts: Any = None  # the rule's own
         self._given: tuple[tuple[nn.Module, str, Any], ...] = ()
         self._readers: tuple[tuple[Any, nn.Module], ...] = ()

@@ -24,6 +24,7 @@ from . import rules
 from .attentions import is_attention, tell_parts
 from .callers import holders_of
 from .fast import PLAN, Fast, Plan, dotted, original_class
+from .wrapped import restored_class
 
 JOURNAL = "_hybridops_journal"
 MODES = ("inference", "train")
@@ -117,7 +118,7 @@ def optimize(
         )
     for module in model.modules():
         if isinstance(module, Fast) and not module.__dict__[PLAN].settled():
-            _put_back(module)
+            _put_back(module, _original_of(module))
     layers, swaps = survey(model, mode, patterns, filter_fn)
     if not any(layer.rule for layer in layers):
         _nothing(model, layers, strict)
@@ -143,10 +144,15 @@ def optimize(
 
 
 def restore(model: Model) -> Model:
-    """Undo optimize(), bit for bit; a model that was never optimized stays as it is."""
-    for module in model.modules():
+    """Undo optimize(), bit for bit; a model that was never optimized stays as it is.
+
+    A class that was made since from a rule's (by a parametrization or FSDP2, say) is made anew from
+    the original. Raises TypeError, before anything changes, where that cannot be.
+    """
+    originals = {module: _original_of(module) for module in model.modules()}
+    for module, original in originals.items():
         if isinstance(module, Fast):
-            _put_back(module)
+            _put_back(module, original)
         journal = module.__dict__.pop(JOURNAL, None)
         for handle in journal.handles if journal else ():
             handle.remove()
@@ -219,17 +225,23 @@ def _excluded(fqn, patterns):
 
 
 def _swap(module, rule, plan):
-    plan.facts = rule.facts(module)
+    plan.rule, plan.facts = rule, rule.facts(module)
     module.__dict__[PLAN] = plan
     rule.on_swap(module)
     module.__class__ = rule
 
 
-def _put_back(module):
+def _original_of(module):
+    """The class that restore() gives a module."""
+    cls = type(module)
+    return restored_class(cls, module.__dict__[PLAN].rule) if isinstance(module, Fast) else cls
+
+
+def _put_back(module, original):
     type(module).on_restore(module)
     module.__dict__.pop(PLAN, None)
     _derived.clear(module)
-    module.__class__ = module.replaces
+    module.__class__ = original
 
 
 def _watch(model):
