@@ -128,7 +128,9 @@ def _double(x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def capture(model: nn.Module, args: tuple[Any, ...], layers: dict[str, Any]) -> dict[str, Call]:
+def capture(
+    model: nn.Module, args: tuple[Any, ...], layers: dict[str, Any], **kwargs: Any
+) -> dict[str, Call]:
     """The first call of each layer's method, in one run of the original model."""
     calls: dict[str, Call] = {}
 
@@ -150,7 +152,7 @@ def capture(model: nn.Module, args: tuple[Any, ...], layers: dict[str, Any]) -> 
     fast = mha.get_fastpath_enabled()
     mha.set_fastpath_enabled(False)  # nn.TransformerEncoderLayer would not call its attention
     try:
-        model(*args)
+        model(*args, **kwargs)
     finally:
         mha.set_fastpath_enabled(fast)
         for fqn, peer in peers.items():

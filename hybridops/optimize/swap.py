@@ -93,7 +93,8 @@ def optimize(
         would bypass it stay as they are.
     filter_fn: filter_fn(module, name) decides for each module by itself.
     backend: "auto", or a name for hybridops.use(), in force while the model runs.
-    example: an input of the model, or a tuple of its arguments, for verify.
+    example: an input of the model, a tuple of its arguments or a dict of its keyword arguments,
+        for verify.
     verify: check every replaced layer against float64; where one fails, restore the model and
         raise VerificationError.
     strict: raise NothingToOptimize where no rule serves; False warns.
