@@ -271,6 +271,34 @@ def test_what_does_not_fit_the_loss():
         set_loss(prediction, [first | {"labels": first["labels"] + 11}, second])
 
 
+@pytest.mark.parametrize(
+    ("error", "wrong", "match"),
+    [
+        (
+            TypeError,
+            {"labels": torch.tensor([1.0, 2.0, 3.0])},
+            "labels .* int64, got torch.float32",
+        ),
+        (TypeError, {"labels": torch.tensor([True, False, True])}, "labels .* got torch.bool"),
+        (ValueError, {"labels": torch.tensor([[1], [2], [3]])}, r"labels .* \(n,\), got \(3, 1\)"),
+        (ValueError, {"labels": torch.tensor([1, -1, 3])}, r"0 ... 10, got \[1, -1, 3\]"),
+        (TypeError, {"boxes": torch.ones(3, 4).int()}, "boxes .* floating-point, got torch.int32"),
+        (ValueError, {"boxes": torch.full((3, 4), torch.nan)}, r"must be finite .*, got \[nan"),
+        (ValueError, {"boxes": torch.tensor([[0.5, 0.5, -0.1, 0.1]] * 3)}, "width, height"),
+        (ValueError, {"boxes": torch.tensor([[320.0, 240.0, 50.0, 50.0]] * 3)}, "fractions"),
+        (ValueError, {"masks": torch.zeros(3, 8)}, r"masks .* \(3, H, W\), got \(3, 8\)"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
+)
+def test_wrong_targets_are_refused_by_name(error, wrong, match):
+    first, second = targets(masks=True)
+    prediction = random_prediction(masks=True)
+    with pytest.raises(error, match=match):
+        set_loss(prediction, [first | wrong, second])
+    with pytest.raises(ValueError, match="image 1 has no boxes"):
+        set_loss(prediction, [first, {"labels": second["labels"]}])
+
+
 def test_it_trains():
     torch.manual_seed(0)
     model = small(1, drop_rate=0.1, layers=(1, 2)).train()
@@ -408,6 +436,15 @@ def test_processing_is_transformers_own(hf):
         torch.testing.assert_close(got.scores, want["scores"][order])
         torch.testing.assert_close(got.boxes, want["boxes"][order])
         assert torch.equal(got.labels, want["labels"][order])
+
+
+@pytest.mark.parametrize("size", [(1, 200), (1, 5000), (5000, 1)])
+def test_a_strip_stays_an_image(size):
+    batch = detr.preprocess([torch.zeros(3, *size, dtype=torch.uint8)])
+    assert min(batch.resized[0]) >= 1
+    with torch.inference_mode():
+        (found,) = detr.detections(small(1)(batch.images, batch.padding_mask), batch, 0.0)
+    assert found.boxes.shape == (12, 4)
 
 
 def test_masks_come_back_in_the_photographs_size():
