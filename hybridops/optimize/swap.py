@@ -6,6 +6,7 @@ derives from them is cached beside them and dropped by restore().
 
 from __future__ import annotations
 
+import difflib
 import sys
 import warnings
 from collections import Counter
@@ -97,7 +98,8 @@ def optimize(
         for verify.
     verify: check every replaced layer against float64; where one fails, restore the model and
         raise VerificationError.
-    strict: raise NothingToOptimize where no rule serves; False warns.
+    strict: raise NothingToOptimize where no rule serves, ValueError for a pattern of exclude that
+        names no module; False warns.
 
     A second call with the same options changes nothing, unless somebody has set what layers were
     made of (a norm's eps, an attention's scale, strides): those run as torch's own since, and are
@@ -112,6 +114,7 @@ def optimize(
         with suppress(ImportError):  # transformers 4 has no place to register at
             register_transformers()
     patterns = [exclude] if isinstance(exclude, str) else list(exclude)
+    _check_patterns(model, patterns, strict)
     journal = model.__dict__.get(JOURNAL)
     if journal is not None and journal.options != options:
         raise ValueError(
@@ -270,13 +273,27 @@ def _check_options(model, options, example, verify):
             pass
 
 
+def _check_patterns(model, patterns, strict):
+    names = [name for name, _ in model.named_modules() if name]
+    unused = [p for p in patterns if not any(fnmatchcase(name, p) for name in names)]
+    if not unused:
+        return
+    close = difflib.get_close_matches(unused[0], names, n=3)
+    message = f"optimize: exclude={unused[0]!r} names no module of this model" + (
+        f"; close to it {', '.join(close)}" if close else ""
+    )
+    if strict:
+        raise ValueError(message)
+    warnings.warn(message, stacklevel=3)
+
+
 def _nothing(model, layers, strict):
     alone = set(_HOT.values())
     found = sorted({layer.reason for layer in layers if layer.reason and layer.reason not in alone})
     why = f" Left alone: {'; '.join(found[:5])}." if found else ""
     message = (
         f"no rule serves any layer of {dotted(original_class(model))}.{why} "
-        f"Looked for {len(rules.RULES)} classes: {', '.join(sorted(rules.RULES))}"
+        f"Looked for {len(rules.RULES)} classes; hybridops.explain(model) names every hot layer"
     )
     if strict:
         raise NothingToOptimize(message)
