@@ -26,6 +26,14 @@ def is_attention(module: nn.Module) -> bool:
     return any(isinstance(child, (nn.Linear, nn.Conv2d)) for child in below)
 
 
+def why_torchs(module: nn.Module) -> str:
+    """The reason that the report gives for an attention without a rule."""
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    if code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names:  # transformers' choice
+        return 'no rule; attn_implementation="hybridops" gives it the attention kernel'
+    return "no rule for this kind of attention"
+
+
 def _is_known(module: nn.Module) -> bool:
     rule, reason = rules.find(module)
     return reason is not None or (rule is not None and not rule.implied)

@@ -93,7 +93,7 @@ def _transformers(name, kwargs):
         import_torchvision()
     try:
         import transformers
-        from transformers import CONFIG_MAPPING, AutoConfig, AutoModel
+        from transformers import CONFIG_MAPPING, MODEL_MAPPING, AutoConfig, AutoModel
     except ImportError:
         raise ImportError("transformers is not installed: pip install transformers") from None
     cls = getattr(transformers, name, None) if name.isidentifier() else None
@@ -109,7 +109,16 @@ def _transformers(name, kwargs):
                 f"the configuration of {name!r} is not in the local cache, and nothing is "
                 f"downloaded here; name a model type, such as 'transformers:vit'"
             ) from error
-    return AutoModel.from_config(config)
+    try:
+        return AutoModel.from_config(config)
+    except ValueError as error:
+        if type(config) in MODEL_MAPPING:
+            raise
+        kind = type(config).__name__.removesuffix("Config")
+        raise ValueError(
+            f"transformers has no bare model of {name!r}; name a class of it that has a head, such "
+            f"as 'transformers:{kind}For...'"
+        ) from error
 
 
 _BUILDERS = {

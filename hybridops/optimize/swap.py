@@ -22,7 +22,7 @@ from .. import backend as backends
 from ..compat import register_transformers
 from ..nn import _derived
 from . import rules
-from .attentions import is_attention, tell_parts
+from .attentions import is_attention, tell_parts, why_torchs
 from .callers import holders_of
 from .fast import PLAN, Fast, Plan, dotted, original_class
 from .wrapped import restored_class
@@ -37,7 +37,6 @@ _HOT: dict[type[nn.Module], str] = {
     nn.Conv2d: "by itself: the convolution is torch's",
     nn.MultiheadAttention: "no rule",
 }
-_NO_RULE = "no rule for this kind of attention"
 
 Model = TypeVar("Model", bound=nn.Module)
 Filter = Callable[[nn.Module, str], bool]
@@ -194,7 +193,7 @@ def survey(
                 alone = next((why for cls, why in _HOT.items() if isinstance(module, cls)), None)
                 layer.reason = alone and parts.get(id(module), alone)
                 if alone is None and is_attention(module):
-                    layer.reason = _NO_RULE
+                    layer.reason = why_torchs(module)
                     tell_parts(parts, fqn, module)
         elif layer.old in rules.UNSERVED:
             tell_parts(parts, fqn, module)
