@@ -240,6 +240,11 @@ def packs(weight: Tensor) -> bool:
     return ISA is not None and weight.is_cpu and weight.dtype in CPU_DTYPES
 
 
+def is_captured() -> bool:
+    """Whether a graph is made of this call: by torch.compile, torch.export or torch.jit.trace."""
+    return torch.compiler.is_compiling() or torch._C._is_tracing()
+
+
 def runs_at_once(x: object) -> bool:
     """Whether the CPU library serves x in a call that has nothing to record and nothing to cast.
 
@@ -254,7 +259,7 @@ def runs_at_once(x: object) -> bool:
         and _forced != "reference"
         and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()
+        and not is_captured()
     )
 
 

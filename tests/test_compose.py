@@ -10,13 +10,15 @@ import pytest
 import torch
 from check import accurate, same_bits
 from composed import MODELS, build, first
+from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.func import functional_call
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset
 
 import hybridops
-from hybridops import backend
+from hybridops import backend, optimize, restore
 
 ALL = list(MODELS)
 
@@ -231,3 +233,22 @@ def test_runs_in_the_workers_of_a_data_loader(name, start):
     )
     (found,) = list(loader)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)  # one thread there, two here
+
+
+def test_a_trace_keeps_the_parameters_and_the_rest_needs_restore(tmp_path):
+    """torch.jit.trace used to take folded weights of an earlier call for constants, and crashed."""
+    layer, x = nn.TransformerEncoderLayer(24, 4, 40, batch_first=True).eval(), torch.randn(2, 5, 24)
+    optimize(layer)
+    with torch.no_grad():
+        expected = layer(x)
+        torch.jit.trace(layer, x).save(tmp_path / "layer.pt")
+        torch.testing.assert_close(torch.jit.load(tmp_path / "layer.pt")(x), expected)
+        assert same_bits(layer(x), expected)  # nothing of the graph was kept
+
+    def gradients(model):
+        parameters = dict(model.named_parameters())
+        return torch.func.grad(lambda p: functional_call(model, p, (x,)).sum())(parameters)
+
+    with pytest.raises(RuntimeError, match="functorch transforms"):
+        gradients(layer)
+    assert len(gradients(restore(layer))) == 12

@@ -271,6 +271,34 @@ def test_what_does_not_fit_the_loss():
         set_loss(prediction, [first | {"labels": first["labels"] + 11}, second])
 
 
+@pytest.mark.parametrize(
+    ("error", "wrong", "match"),
+    [
+        (
+            TypeError,
+            {"labels": torch.tensor([1.0, 2.0, 3.0])},
+            "labels .* int64, got torch.float32",
+        ),
+        (TypeError, {"labels": torch.tensor([True, False, True])}, "labels .* got torch.bool"),
+        (ValueError, {"labels": torch.tensor([[1], [2], [3]])}, r"labels .* \(n,\), got \(3, 1\)"),
+        (ValueError, {"labels": torch.tensor([1, -1, 3])}, r"0 ... 10, got \[1, -1, 3\]"),
+        (TypeError, {"boxes": torch.ones(3, 4).int()}, "boxes .* floating-point, got torch.int32"),
+        (ValueError, {"boxes": torch.full((3, 4), torch.nan)}, r"must be finite .*, got \[nan"),
+        (ValueError, {"boxes": torch.tensor([[0.5, 0.5, -0.1, 0.1]] * 3)}, "width, height"),
+        (ValueError, {"boxes": torch.tensor([[320.0, 240.0, 50.0, 50.0]] * 3)}, "fractions"),
+        (ValueError, {"masks": torch.zeros(3, 8)}, r"masks .* \(3, H, W\), got \(3, 8\)"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
+)
+def test_wrong_targets_are_refused_by_name(error, wrong, match):
+    first, second = targets(masks=True)
+    prediction = random_prediction(masks=True)
+    with pytest.raises(error, match=match):
+        set_loss(prediction, [first | wrong, second])
+    with pytest.raises(ValueError, match="image 1 has no boxes"):
+        set_loss(prediction, [first, {"labels": second["labels"]}])
+
+
 def test_it_trains():
     torch.manual_seed(0)
     model = small(1, drop_rate=0.1, layers=(1, 2)).train()
@@ -357,6 +385,29 @@ def test_weights_that_do_not_fit_change_nothing(hf):
         load_weights(fresh, {"something": torch.zeros(1)})
 
 
+def test_parts_that_cannot_be_joined_are_named(hf):
+    """Torch would join integers with reals, and rows of unequal counts."""
+    ours, theirs = pair(hf)
+    before, state = copy.deepcopy(ours.state_dict()), theirs.state_dict()
+    k, q = (f"encoder.layers.0.self_attn.{letter}_proj.weight" for letter in "kq")
+
+    def error_of(**parts):
+        named = {f"model.encoder.layers.0.self_attn.{n}_proj.weight": v for n, v in parts.items()}
+        with pytest.raises(WeightsError, match="do not fit Detr") as error:
+            load_weights(ours, state | named)
+        assert not error.value.missing + error.value.unexpected
+        assert all(same_bits(v, before[key]) for key, v in ours.state_dict().items())
+        return error.value
+
+    square = state[f"model.{k}"]
+    for odd in (square.int(), square.to("meta"), square.to_sparse(), square.to(torch.complex64)):
+        assert error_of(k=odd).unusable == (k,)
+    unequal = error_of(k=torch.zeros(96, 64), q=torch.zeros(32, 64)).mismatched
+    assert unequal == {q: ((64, 64), (32, 64)), k: ((64, 64), (96, 64))}
+    assert error_of(k=torch.zeros(64, 63)).mismatched == {k: ((64, 64), (64, 63))}
+    load_weights(ours, state | {f"model.{k}": square.double()})
+
+
 SIZES = [(480, 640), (640, 427), (427, 640), (800, 1066), (50, 2000), (33, 31), (1333, 1333)]
 
 
@@ -385,6 +436,15 @@ def test_processing_is_transformers_own(hf):
         torch.testing.assert_close(got.scores, want["scores"][order])
         torch.testing.assert_close(got.boxes, want["boxes"][order])
         assert torch.equal(got.labels, want["labels"][order])
+
+
+@pytest.mark.parametrize("size", [(1, 200), (1, 5000), (5000, 1)])
+def test_a_strip_stays_an_image(size):
+    batch = detr.preprocess([torch.zeros(3, *size, dtype=torch.uint8)])
+    assert min(batch.resized[0]) >= 1
+    with torch.inference_mode():
+        (found,) = detr.detections(small(1)(batch.images, batch.padding_mask), batch, 0.0)
+    assert found.boxes.shape == (12, 4)
 
 
 def test_masks_come_back_in_the_photographs_size():

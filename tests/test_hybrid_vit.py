@@ -14,7 +14,7 @@ from test_nn import gradients, randomize
 from test_weights import refused
 
 import hybridops
-from hybridops.models import HybridVit, create_model, list_models, load_weights
+from hybridops.models import HybridVit, WeightsError, create_model, list_models, load_weights
 from hybridops.models.hybrid_vit import MODELS, BiT, BiTStem, MobileClipStem, ResNetD
 from hybridops.nn import conv as nn_conv
 from hybridops.nn.conv import StdConv2dSame
@@ -271,11 +271,8 @@ def test_damaged_jax_weights(tmp_path):
     assert set(error.unexpected) > {"blocks.1.attn.query.bias", "blocks.1.attn.value.bias"}
 
 
-def test_mobileclip_weights(timm):
-    from timm.models.vision_transformer_hybrid import _convert_mobileclip
-
-    source, model = randomize(ours("mci")), ours("mci")
-    source.head.bias.data.zero_()
+def mobileclip_names(model):
+    """The model's weights as Apple's checkpoints name them."""
     renames = (
         ("blocks.", "transformer."),
         ("patch_embed.backbone.", "patch_emb."),
@@ -289,7 +286,7 @@ def test_mobileclip_weights(timm):
         (".mlp.fc2.", ".pre_norm_ffn.4."),
     )
     state = {"text_encoder.weight": torch.ones(1)}
-    for key, value in source.state_dict().items():
+    for key, value in model.state_dict().items():
         for name, theirs in renames:
             key = key.replace(name, theirs)
         key = f"post_transformer_{key}" if key.startswith("norm.") else key
@@ -299,11 +296,47 @@ def test_mobileclip_weights(timm):
             key, value = "classifier.proj", value.t()
         if key != "head.bias":
             state[f"image_encoder.model.{key}"] = value
+    return state
+
+
+def test_mobileclip_weights(timm):
+    from timm.models.vision_transformer_hybrid import _convert_mobileclip
+
+    source, model = randomize(ours("mci")), ours("mci")
+    source.head.bias.data.zero_()
+    state = mobileclip_names(source)
     assert load_weights(model, state) == "mobileclip"
     expected = _convert_mobileclip(state, model)
     for name, value in source.state_dict().items():
         assert same_bits(model.state_dict()[name], value), name
         assert same_bits(expected[name].contiguous(), value), name
+
+
+SPOILS = {
+    "meta": lambda t: t.to("meta"),
+    "sparse": lambda t: t.to_sparse(),
+    "integer": lambda t: t.int(),
+    "number": lambda t: t.new_zeros(()),
+    "five dimensions": lambda t: t.new_zeros((2, 3, 4, 5, 6)),
+    "empty": lambda t: t.narrow(-1, 0, 0),
+}
+
+
+@pytest.mark.parametrize("spoil", SPOILS)
+@pytest.mark.parametrize("body", ["stem", "mci"])
+def test_whatever_cannot_be_laid_out_anew_is_named(body, spoil):
+    """Each tensor in turn, in both spellings; no other error, nothing loaded."""
+    model = ours(body)
+    state = mobileclip_names(model) if body == "mci" else jax_arrays(model)
+    state = {key: torch.as_tensor(value) for key, value in state.items()}
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    odd = ("text_encoder", "block", "num_batches")  # not loaded; enough of others; an integer
+    for key in [k for k in state if not k.startswith(odd[:2]) and odd[2] not in k]:
+        with pytest.raises(WeightsError, match="do not fit HybridVit") as error:
+            load_weights(model, state | {key: SPOILS[spoil](state[key])})
+        names = error.value.missing + error.value.unusable + tuple(error.value.mismatched)
+        assert len(names) in (1, 2), key  # 2: a head's bias is made of its weight
+    assert all(same_bits(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_weights_are_standardised_once(monkeypatch):

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from check import same_bits
 from test_optimize import NAMES, assert_close, build, image, run
 from torch import nn
 
@@ -120,6 +121,52 @@ def test_parametrized_after_optimize(timm):
         model.blocks[0].attn.qkv.parametrizations.weight.original0.mul_(2)
     after = run(model, x)
     torch.testing.assert_close(run(restore(model), x), after, rtol=1e-4, atol=1e-5)
+
+
+class Halving(nn.Module):
+    def forward(self, weight):
+        return weight / 2
+
+
+def test_a_parametrization_since_outlives_restore():
+    model, x = nn.TransformerEncoderLayer(24, 4, 40).eval(), torch.randn(5, 2, 24)
+    plain = copy.deepcopy(model)
+    nn.utils.parametrize.register_parametrization(plain.self_attn, "in_proj_weight", Halving())
+    optimize(model)
+    nn.utils.parametrize.register_parametrization(model.self_attn, "in_proj_weight", Halving())
+    torch.testing.assert_close(run(model, x), run(plain, x), rtol=1e-4, atol=1e-5)
+    restore(model)
+    assert type(model.self_attn).__name__ == "ParametrizedMultiheadAttention"
+    assert not any(isinstance(module, Fast) for module in model.modules())
+    assert same_bits(run(model, x), run(plain, x))
+    nn.utils.parametrize.remove_parametrizations(model.self_attn, "in_proj_weight")
+    assert type(model.self_attn) is nn.MultiheadAttention
+    torch.testing.assert_close(run(optimize(model), x), run(plain, x), rtol=1e-4, atol=1e-5)
+
+
+def test_a_class_made_from_a_rules_outlives_restore():
+    model = optimize(nn.Sequential(*(nn.TransformerEncoderLayer(24, 4, 40) for _ in range(2))))
+    rule = type(model[0])
+
+    class Named:
+        def name(self):
+            return "named"
+
+    class Calling(rule):
+        def forward(self, *args, **kwargs):
+            return super().forward(*args, **kwargs)
+
+    model[0].__class__ = type("Sharded", (Named, rule), {})
+    model[1].__class__ = Calling
+    classes = [type(module) for module in model.modules()]
+    with pytest.raises(TypeError, match=r"Calling is made from .*forward\(\) calls super\(\); set"):
+        restore(model)
+    assert [type(module) for module in model.modules()] == classes
+    model[1].__class__ = rule
+    restore(model)
+    assert type(model[1]) is nn.TransformerEncoderLayer
+    assert type(model[0]).__bases__ == (Named, nn.TransformerEncoderLayer)
+    assert model[0].name() == "named"
 
 
 @pytest.mark.parametrize(

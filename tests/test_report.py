@@ -59,6 +59,21 @@ def test_explain_of_unknown_names(timm, name, match):
         explain(name)
 
 
+def test_explain_says_what_else_helps(timm):
+    transformers = pytest.importorskip("transformers")
+    options = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
+    config = transformers.CLIPVisionConfig(**options, num_hidden_layers=1, image_size=32)
+    layers = explain(transformers.CLIPVisionModel(config)).layers
+    (reason,) = (layer.reason for layer in layers if layer.old.endswith("CLIPAttention"))
+    assert reason == 'no rule; attn_implementation="hybridops" gives it the attention kernel'
+    with pytest.raises(ValueError, match="class of it .* 'transformers:DepthAnythingFor"):
+        explain("hf:depth_anything")
+
+
+def test_explain_builds_what_reads_numbers_on_the_cpu(timm):
+    assert explain("torchvision:regnet_y_400mf").layers
+
+
 def test_explain_transformers():
     pytest.importorskip("transformers")
     with warnings.catch_warnings():

@@ -117,3 +117,21 @@ def test_mobilevit_2_is_named():
     config = transformers.MobileViTV2Config(image_size=64, width_multiplier=0.25)
     with pytest.raises(NothingToOptimize, match="linear attention: one softmax"):
         optimize(transformers.MobileViTV2Model(config))
+
+
+@pytest.mark.parametrize("padding", [None, "SAME"])
+def test_bit(padding):
+    """Odd sides: SAME pads more behind than in front."""
+    config = transformers.BitConfig(
+        embedding_size=16,
+        hidden_sizes=[32, 64],
+        depths=[1, 2],
+        num_groups=4,
+        global_padding=padding,
+    )
+    model = transformers.BitBackbone(config).eval()
+    image = torch.randn(1, 3, 63, 50)
+    parity(model, image, gradients=False, channels_last=True)
+    found = reasons(optimize(model))
+    assert not any(found.values()), found
+    assert "bit.encoder.stages.0.layers.0.conv1" in found

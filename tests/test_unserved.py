@@ -72,3 +72,41 @@ def test_an_attention_without_a_rule_is_named_with_its_parts(timm):
         "1.attn": None,
         "1.fc": alone,
     }
+
+
+class Mixer(nn.Module):
+    """An attention that is called something else."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv = nn.Linear(4, 12)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).chunk(3, -1)
+        return (q @ k.mT).softmax(-1) @ v
+
+
+class Classifier(nn.Module):
+    """Softmax alone makes no attention."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.fc(x).softmax(-1)
+
+
+def test_an_attention_is_known_by_what_it_computes(timm):
+    from timm.layers import AttentionPoolLatent, SimPool1d
+    from timm.models.iformer import SHMA
+    from timm.models.shvit import SHSA
+
+    none, alone = "no rule for this kind of attention", "by itself: nothing to fuse, and torch's"
+    layers = {layer.fqn: layer.reason for layer in explain(nn.Sequential(Mixer())).layers}
+    assert layers == {"0": none, "0.qkv": "part of 0, which is torch's"}
+    assert explain(nn.Sequential(Classifier())).layers[0].reason.startswith(alone)
+    for module in (AttentionPoolLatent(16, num_heads=2), SimPool1d(16), SHMA(16), SHSA(16, 8, 8)):
+        first, *parts = explain(module).layers
+        assert (first.fqn, first.reason) == ("", none), type(module).__name__
+        assert all(p.rule or p.reason == "part of the model, which is torch's" for p in parts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import UserDict
 
 import pytest
 import torch
@@ -166,6 +167,24 @@ def test_layers_that_do_not_run_are_not_ok(timm):
     result = verify(model, image(model))
     assert not result.ok
     assert {c.fqn for c in result.checks if not c.ok} == {"spare", "spare.attn", "spare.mlp"}
+
+
+def test_keyword_arguments():
+    """A model of transformers', given what its processors return."""
+
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.TransformerEncoderLayer(24, 4, 40, batch_first=True)
+
+        def forward(self, *, tokens, mask):
+            return self.layer(tokens, src_key_padding_mask=mask)
+
+    mask = torch.arange(5) >= torch.tensor([[5], [3]])
+    model = Masked().eval()
+    example = UserDict(tokens=torch.randn(2, 5, 24), mask=mask)
+    optimize(model, example=example, verify=True)
+    assert verify(model, dict(example)).ok
 
 
 def test_what_cannot_be_verified(timm):

@@ -208,7 +208,7 @@ def _own_modules(table: Table, small: Small, model: nn.Module, args: tuple[Any, 
         return
     exact = copy.deepcopy(model).double()
     with backend.use("reference"):
-        calls = capture(model, args, dict.fromkeys(ours, _Forward))
+        calls = capture(model, args, dict.fromkeys(ours, Fast()))
     for fqn, call in calls.items():
         layers = (ours[fqn], ours[fqn], exact.get_submodule(fqn))
         where = f"{small.name} {fqn}".rstrip()
@@ -232,10 +232,6 @@ def _training(table: Table, small: Small, model: nn.Module, args: tuple[Any, ...
         trio = (layers[fqn], own, exact.get_submodule(fqn))
         worst = _worst(call, trio, True, f"{small.name} {fqn}".rstrip())
         _keep(table, _path(type(layers[fqn])), "backward", small, worst)
-
-
-class _Forward:
-    overrides = "forward"
 
 
 def _few(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -154,6 +154,7 @@ MODELS = [
     Small("hf:conditional_detr", 64, _DETR),
     Small("hf:table-transformer", 64, _DETR),
     Small("hf:resnet", 64),
+    Small("hf:bit", 64, {"depths": [1, 2], "hidden_sizes": [128, 256]}),
     Small("hybridops:levit_128s", 64, {**_LEVIT, "img_size": 64}),
     Small("hybridops:cpvt_tiny", 32, {"depth": 2, "patch_size": 8}),
     Small("hybridops:vit_small_r26_s32_224", 64, {"img_size": 64}),

@@ -18,33 +18,10 @@ from torch import Tensor, nn
 
 from .detr import Detr
 from .detr import keys as detr_keys
+from .fit import State, WeightsError, check, is_dense, some
 from .hybrid_vit import HybridVit
 from .hybrid_vit import keys as hybrid_vit_keys
 from .levit import Levit
-
-State = Mapping[str, Tensor]
-
-
-class WeightsError(ValueError):
-    """Weights that cannot be loaded: unreadable, of an unknown family, or not of this model.
-
-    missing, unexpected: names; mismatched: name -> (the shape we need, the shape we got); unusable:
-    names of tensors whose kind cannot be copied (without data, sparse, integers for real numbers).
-    """
-
-    def __init__(
-        self,
-        message: str,
-        missing: tuple[str, ...] = (),
-        unexpected: tuple[str, ...] = (),
-        mismatched: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]] | None = None,
-        unusable: tuple[str, ...] = (),
-    ) -> None:
-        super().__init__(message)
-        self.missing = missing
-        self.unexpected = unexpected
-        self.mismatched = dict(mismatched or {})
-        self.unusable = unusable
 
 
 def read_file(path: str | Path) -> Any:
@@ -80,7 +57,7 @@ def _state_of(content: Any) -> dict[str, Tensor]:
         raise WeightsError(f"no state dict, but {type(content).__name__} {str(content)[:40]}")
     odd = [str(k) for k, v in content.items() if not isinstance(k, str) or not torch.is_tensor(v)]
     if odd:
-        raise WeightsError(f"no state dict: no tensor at {_some(odd)}")
+        raise WeightsError(f"no state dict: no tensor at {some(odd)}")
     return dict(content)
 
 
@@ -99,51 +76,6 @@ def load_weights(model: nn.Module, source: State | str | Path) -> str:
         raise WeightsError(f"{where}{error}", *details) from None
     model.load_state_dict(state)
     return family
-
-
-def check(model: nn.Module, state: State) -> None:
-    """Raises WeightsError unless the state dict has just the model's keys, shapes and kinds."""
-    own = model.state_dict()
-    missing = tuple(k for k in own if k not in state)
-    unexpected = tuple(k for k in state if k not in own)
-    mismatched = {
-        k: (tuple(t.shape), tuple(state[k].shape))
-        for k, t in own.items()
-        if k in state and t.shape != state[k].shape
-    }
-    kinds = {k: kind for k, t in own.items() if k in state and (kind := _unusable(t, state[k]))}
-    if not (missing or unexpected or mismatched or kinds):
-        return
-    shapes = [f"{k} is {got}, needs {want}" for k, (want, got) in mismatched.items()]
-    parts = [
-        f"{len(names)} {what} ({_some(names)})"
-        for what, names in (
-            ("missing", missing),
-            ("unexpected", unexpected),
-            ("of another shape", shapes),
-            ("of no use", [f"{k} is {kind}" for k, kind in kinds.items()]),
-        )
-        if names
-    ]
-    message = f"weights do not fit {type(model).__name__}: {'; '.join(parts)}"
-    raise WeightsError(message, missing, unexpected, mismatched, tuple(kinds))
-
-
-def _unusable(own: Tensor, given: Tensor) -> str | None:
-    """Why `given` cannot be copied as it is: torch would find out in the middle, or not at all."""
-    if given.is_meta:
-        return "without data (meta)"
-    if given.layout != torch.strided:
-        return f"{given.layout}".removeprefix("torch.")
-    if given.is_complex() or given.is_floating_point() != own.is_floating_point():
-        return f"{given.dtype} for {own.dtype}"
-    return None
-
-
-def _some(names) -> str:
-    names = list(names)
-    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
-    return ", ".join(names[:4]) + more
 
 
 def to_own_keys(model: nn.Module, state: State) -> tuple[str, dict[str, Tensor]]:
@@ -177,8 +109,8 @@ def _levit_keys(model: Levit, family: str, state: State) -> dict[str, Tensor]:
             continue
         name = renames.get(key, key)
         # The same nets exist with 1x1 convolutions for linear layers.
-        if name in own and value.ndim == 4 and own[name].ndim == 2 and value.shape[2:] == (1, 1):
-            value = value.flatten(1)
+        if name in own and own[name].ndim == 2 and is_dense(value) and value.ndim == 4:
+            value = value.flatten(1) if value.shape[2:] == (1, 1) else value
         renamed[name] = value
     return renamed
 
@@ -186,7 +118,7 @@ def _levit_keys(model: Levit, family: str, state: State) -> dict[str, Tensor]:
 def _unknown(model, state):
     return (
         f"no weights that {type(model).__name__} knows, neither by our keys nor another "
-        f"implementation's: {_some(state) or 'an empty state dict'}"
+        f"implementation's: {some(state) or 'an empty state dict'}"
     )
 
 

@@ -62,9 +62,10 @@ def derived(
 ) -> Any:
     """make(), cached on `owner` under `name` until one of `sources` changes.
 
-    Not cached where it must stay in the graph: while compiling, and while a source wants gradients.
+    Not cached where it must stay in the graph: while one is made, and while a source wants
+    gradients.
     """
-    if torch.compiler.is_compiling():
+    if backend.is_captured():
         return make()
     recording = torch.is_grad_enabled()
     if recording and any(s is not None and s.requires_grad for s in sources):
@@ -158,8 +159,8 @@ def fold_in_front(weight: Tensor, bias: Tensor | None, norm: Any) -> tuple[Tenso
 
 
 def in_graph(weight: Tensor) -> bool:
-    """Whether a packed copy of this weight would leave the graph, compiled or differentiated."""
-    return torch.compiler.is_compiling() or (torch.is_grad_enabled() and weight.requires_grad)
+    """Whether a packed copy of this weight would leave the graph, captured or differentiated."""
+    return backend.is_captured() or (torch.is_grad_enabled() and weight.requires_grad)
 
 
 def packed_weights(

@@ -130,7 +130,7 @@ class Conv:
         return ACTIVATIONS[activation](y.add_(residual))
 
     def _runs_packed(self, x, residual):
-        if torch.compiler.is_compiling() or backend.reference_forced():
+        if backend.is_captured() or backend.reference_forced():
             return False
         if torch.is_grad_enabled():
             tensors = (x, self._weight, self.bias, residual)

@@ -54,18 +54,29 @@ class MultiheadAttention(nn.MultiheadAttention):
                 is_causal,
             )
         dropout = self.dropout if self.training else 0.0
-        if not need_weights and not dropout:
+        fused = not dropout and (not need_weights or self._weights_are_dropped())
+        if fused and not (need_weights and torch.compiler.is_dynamo_compiling()):
             return self._fused(query, key, value, key_padding_mask, attn_mask), None
         q, k, v, bias, padding = self._heads(query, key, value, key_padding_mask, attn_mask)
         weights = None
         if need_weights:
-            out, weights = _explicit(q, k, v, bias, padding, dropout)
+            if fused:  # a graph loses the weights, apart from the output, where nobody reads them
+                out = ops.attention(q, k, v, bias=bias, key_padding_mask=padding)
+                weights = _weights(q, k, bias, padding)
+            else:
+                backend.which("attention", q, "need_weights")
+                weights = nn.functional.dropout(_weights(q, k, bias, padding), dropout, dropout > 0)
+                out = (weights @ v.transpose(1, 2)).transpose(1, 2)
             weights = weights.mean(1) if average_attn_weights else weights
             weights = weights[0] if query.ndim == 2 else weights
         else:
             bias = _add(bias, padding, q)
             out = torch_attention(q, k, v, bias, dropout, False, self.head_dim**-0.5)
         return fused_linear(self, "out_proj", self._tokens(out, query)), weights
+
+    def _weights_are_dropped(self):
+        """Whether the caller, known to optimize(), throws away the weights that it asks for."""
+        return False
 
     def _fused(self, query, key, value, key_padding_mask=None, attn_mask=None, residual=None):
         """residual + the output, in query's layout, by our ops alone: no weights, no dropout."""
@@ -217,12 +228,9 @@ def _add(bias, padding, q):
     return extra if bias is None else bias + extra
 
 
-def _explicit(q, k, v, bias, padding, dropout):
-    """(B, L, H, D) and the weights (B, H, L, S), dropped out as torch returns them."""
-    backend.which("attention", q, "need_weights")
-    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+def _weights(q, k, bias, padding):
+    """The weights (B, H, L, S)."""
+    bias = _add(bias, padding, q)
+    q, k = q.transpose(1, 2), k.transpose(1, 2)
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
-    bias = _add(bias, padding, q.transpose(1, 2))
-    weights = (scores if bias is None else scores + bias).softmax(-1)
-    weights = nn.functional.dropout(weights, dropout, training=dropout > 0)
-    return (weights @ v).transpose(1, 2), weights
+    return (scores if bias is None else scores + bias).softmax(-1)

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from ..nn.conv import folded_conv, not_bare_conv
 from ..ops import group_norm
-from .fast import Fast, activation_name, dotted, original_class
+from .fast import Fast, activation_name, dotted, not_activation, original_class
 
 STANDARDISED = {"timm.layers.std_conv:StdConv2d", "timm.layers.std_conv:StdConv2dSame"}
 _CONVS = {"torch.nn.modules.conv:Conv2d", *STANDARDISED}
@@ -282,3 +282,43 @@ class Stem(Fast):
     def derive(self):
         parts = self.bypassed(self)
         return steps(parts) if one_dtype_in(parts) else None
+
+
+class StandardisedConv(Fast):
+    """The weight is standardised once, not in every call."""
+
+    channels_last = True
+
+    @classmethod
+    def unserved(cls, module, mode):
+        return TRAINING if mode == "train" else not_bare_conv(module)
+
+    def forward(self, x):
+        conv = self._hybridops_plan.derived(self, x)
+        return self.replaces.forward(self, x) if conv is None else conv(x)
+
+    def derive(self):
+        return folded_conv(self, None, standardised=True)
+
+
+class ActivatedGroupNorm(Fast):
+    """A GroupNorm and an activation in one pass, where the image is channels_last already."""
+
+    behind: ClassVar[str]  # the name of the activation
+
+    @classmethod
+    def unserved(cls, module, mode):
+        if mode == "train":
+            return "training keeps the norm as it is"
+        return not_activation(cls.behind, getattr(module, cls.behind))
+
+    @classmethod
+    def facts(cls, module):
+        return activation_name(getattr(module, cls.behind))
+
+    def forward(self: Any, x):
+        plan = self._hybridops_plan
+        if not plan.folds(self, x) or x.ndim != 4 or x.is_contiguous():
+            return self.replaces.forward(self, x)
+        weight, bias = self.weight, self.bias
+        return group_norm(x, self.num_groups, weight, bias, self.eps, activation=plan.facts)

@@ -25,7 +25,7 @@ def explain(name_or_model: str | nn.Module, mode: str = "inference", **kwargs: A
     name_or_model: a model, or "timm:levit_256", "torchvision:vit_b_16", "hybridops:cpvt_tiny",
     "transformers:vit" (a model type or, as in "transformers:DetrForObjectDetection", a class, with
     its default configuration, or a name whose configuration is in the local cache). Named models
-    are built without weights; kwargs go to the model's constructor.
+    are built without trained weights; kwargs go to the model's constructor.
     Raises ValueError for a name that nothing knows, ImportError for a library that is missing.
     """
     model = build(name_or_model, **kwargs) if isinstance(name_or_model, str) else name_or_model
@@ -37,8 +37,14 @@ def explain(name_or_model: str | nn.Module, mode: str = "inference", **kwargs: A
 
 
 def build(name: str, **kwargs: Any) -> nn.Module:
-    """The named model on the meta device: all of its structure, none of its memory."""
-    with torch.device("meta"):
+    """The named model on the meta device: all of its structure, none of its memory.
+
+    On the CPU where its constructor reads numbers, as that of torchvision's RegNet does.
+    """
+    try:
+        with torch.device("meta"):
+            return create(name, **kwargs)
+    except NotImplementedError:  # meta tensors have no numbers
         return create(name, **kwargs)
 
 
@@ -87,7 +93,7 @@ def _transformers(name, kwargs):
         import_torchvision()
     try:
         import transformers
-        from transformers import CONFIG_MAPPING, AutoConfig, AutoModel
+        from transformers import CONFIG_MAPPING, MODEL_MAPPING, AutoConfig, AutoModel
     except ImportError:
         raise ImportError("transformers is not installed: pip install transformers") from None
     cls = getattr(transformers, name, None) if name.isidentifier() else None
@@ -103,7 +109,16 @@ def _transformers(name, kwargs):
                 f"the configuration of {name!r} is not in the local cache, and nothing is "
                 f"downloaded here; name a model type, such as 'transformers:vit'"
             ) from error
-    return AutoModel.from_config(config)
+    try:
+        return AutoModel.from_config(config)
+    except ValueError as error:
+        if type(config) in MODEL_MAPPING:
+            raise
+        kind = type(config).__name__.removesuffix("Config")
+        raise ValueError(
+            f"transformers has no bare model of {name!r}; name a class of it that has a head, such "
+            f"as 'transformers:{kind}For...'"
+        ) from error
 
 
 _BUILDERS = {

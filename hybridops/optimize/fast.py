@@ -8,7 +8,7 @@ than the one that was read.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import repeat
 from operator import attrgetter, contains, getitem, is_
 from typing import Any, ClassVar
@@ -70,6 +70,7 @@ class Plan:
 
     def __init__(self, fold: bool) -> None:
         self.fold = fold
+        self.rule: Any = None  # the class by which the module's was replaced
         self.facts: Any = None  # the rule's own
         self._given: tuple[tuple[nn.Module, str, Any], ...] = ()
         self._readers: tuple[tuple[Any, nn.Module], ...] = ()
@@ -215,6 +216,19 @@ class Fast:
         return original
 
     @classmethod
+    def learn(cls, module: Any, holders: Sequence[tuple[nn.Module, str]]) -> None:
+        """What the plan takes from those that hold the module, and under which name."""
+
+    @classmethod
+    def note(cls, module: Any, holders: Sequence[tuple[nn.Module, str]]) -> str | None:
+        """What the report adds to the rule's name: a part of the work that stays torch's, say."""
+        return None
+
+    def as_called(self, args: Any, kwargs: Any) -> Any:
+        """The arguments by which verify() measures a call of the original's that it looks on at."""
+        return args, kwargs
+
+    @classmethod
     def on_swap(cls, module: Any) -> None:
         """Whatever changes beside the class; on_restore takes it back."""
 
@@ -227,6 +241,13 @@ def fall_back(rule: str, reason: str) -> None:
     """Count a call that a replaced module hands to the original forward."""
     if not torch.compiler.is_compiling():
         backend.fallbacks[rule, reason] += 1
+
+
+def is_watched(module: nn.Module) -> bool:
+    """Whether a hook sees what the module returns, or the gradients of that."""
+    behind = (_GLOBAL_HOOKS[0], *_GLOBAL_BACKWARD_HOOKS)
+    own = (module._forward_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(map(bool, (*own, *behind)))
 
 
 def dotted(cls: type) -> str:

@@ -50,7 +50,7 @@ def _frozen_weight(module: nn.Module) -> Tensor | None:
 
 
 @torch.no_grad()
-def fit_statistics(model: nn.Module, args: tuple[Any, ...], seed: int) -> None:
+def fit_statistics(model: nn.Module, args: tuple[Any, ...], seed: int, **kwargs: Any) -> None:
     """Run `model` once, giving each BatchNorm statistics near those of its input."""
     generator = torch.Generator().manual_seed(seed)
     handles = [
@@ -59,7 +59,7 @@ def fit_statistics(model: nn.Module, args: tuple[Any, ...], seed: int) -> None:
         if isinstance(module, _BatchNorm) and module.running_mean is not None
     ]
     try:
-        model(*args)
+        model(*args, **kwargs)
     finally:
         for handle in handles:
             handle.remove()

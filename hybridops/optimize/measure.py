@@ -128,7 +128,9 @@ def _double(x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def capture(model: nn.Module, args: tuple[Any, ...], layers: dict[str, Any]) -> dict[str, Call]:
+def capture(
+    model: nn.Module, args: tuple[Any, ...], layers: dict[str, Any], **kwargs: Any
+) -> dict[str, Call]:
     """The first call of each layer's method, in one run of the original model."""
     calls: dict[str, Call] = {}
 
@@ -136,7 +138,8 @@ def capture(model: nn.Module, args: tuple[Any, ...], layers: dict[str, Any]) -> 
         def call(*args, **kwargs):
             if fqn not in calls:
                 args, kwargs = pytree.tree_map_only(Tensor, Tensor.clone, (args, kwargs))
-                calls[fqn] = Call(layers[fqn].overrides, args, kwargs)
+                asked = layers[fqn].as_called(args, kwargs)
+                calls[fqn] = Call(layers[fqn].overrides, *asked)
             return method(*args, **kwargs)
 
         return call
@@ -149,7 +152,7 @@ def capture(model: nn.Module, args: tuple[Any, ...], layers: dict[str, Any]) -> 
     fast = mha.get_fastpath_enabled()
     mha.set_fastpath_enabled(False)  # nn.TransformerEncoderLayer would not call its attention
     try:
-        model(*args)
+        model(*args, **kwargs)
     finally:
         mha.set_fastpath_enabled(fast)
         for fqn, peer in peers.items():

@@ -40,6 +40,7 @@ class Report:
         rows = []
         for layer in self.layers:
             now = layer.rule.partition(":")[2] if layer.rule else f"left alone: {layer.reason}"
+            now += f" ({layer.note})" if layer.note else ""
             ours, theirs = self.errors.get(layer.fqn, ("", ""))
             errors = [e if isinstance(e, str) else f"{e:.1e}" for e in (ours, theirs)]
             rows.append((layer.fqn or "(model)", layer.old.partition(":")[2], now, *errors))

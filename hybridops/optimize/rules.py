@@ -222,6 +222,9 @@ RULES: dict[str, str | type[Fast]] = {
         FastBottleNeckLayer="BottleNeckLayer",
     ),
     **_family(
+        "bit", "", FastConv="WeightStandardizedConv2d", FastGroupNorm="BitGroupNormActivation"
+    ),
+    **_family(
         "levit",
         "",
         FastLinearNorm="MLPLayerWithBN",

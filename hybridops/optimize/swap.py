@@ -6,6 +6,7 @@ derives from them is cached beside them and dropped by restore().
 
 from __future__ import annotations
 
+import difflib
 import sys
 import warnings
 from collections import Counter
@@ -21,7 +22,10 @@ from .. import backend as backends
 from ..compat import register_transformers
 from ..nn import _derived
 from . import rules
+from .attentions import is_attention, tell_parts, why_torchs
+from .callers import holders_of
 from .fast import PLAN, Fast, Plan, dotted, original_class
+from .wrapped import restored_class
 
 JOURNAL = "_hybridops_journal"
 MODES = ("inference", "train")
@@ -33,8 +37,6 @@ _HOT: dict[type[nn.Module], str] = {
     nn.Conv2d: "by itself: the convolution is torch's",
     nn.MultiheadAttention: "no rule",
 }
-_NO_RULE = "no rule for this kind of attention"
-_ATTENTION = ("Attention", "Attn", "MHSA", "MHA")
 
 Model = TypeVar("Model", bound=nn.Module)
 Filter = Callable[[nn.Module, str], bool]
@@ -52,6 +54,7 @@ class Layer:
     old: str
     rule: str | None = None
     reason: str | None = None
+    note: str | None = None  # what the rule leaves to torch
 
 
 @dataclass
@@ -90,10 +93,12 @@ def optimize(
         would bypass it stay as they are.
     filter_fn: filter_fn(module, name) decides for each module by itself.
     backend: "auto", or a name for hybridops.use(), in force while the model runs.
-    example: an input of the model, or a tuple of its arguments, for verify.
+    example: an input of the model, a tuple of its arguments or a dict of its keyword arguments,
+        for verify.
     verify: check every replaced layer against float64; where one fails, restore the model and
         raise VerificationError.
-    strict: raise NothingToOptimize where no rule serves; False warns.
+    strict: raise NothingToOptimize where no rule serves, ValueError for a pattern of exclude that
+        names no module; False warns.
 
     A second call with the same options changes nothing, unless somebody has set what layers were
     made of (a norm's eps, an attention's scale, strides): those run as torch's own since, and are
@@ -108,6 +113,7 @@ def optimize(
         with suppress(ImportError):  # transformers 4 has no place to register at
             register_transformers()
     patterns = [exclude] if isinstance(exclude, str) else list(exclude)
+    _check_patterns(model, patterns, strict)
     journal = model.__dict__.get(JOURNAL)
     if journal is not None and journal.options != options:
         raise ValueError(
@@ -115,7 +121,7 @@ def optimize(
         )
     for module in model.modules():
         if isinstance(module, Fast) and not module.__dict__[PLAN].settled():
-            _put_back(module)
+            _put_back(module, _original_of(module))
     layers, swaps = survey(model, mode, patterns, filter_fn)
     if not any(layer.rule for layer in layers):
         _nothing(model, layers, strict)
@@ -141,10 +147,15 @@ def optimize(
 
 
 def restore(model: Model) -> Model:
-    """Undo optimize(), bit for bit; a model that was never optimized stays as it is."""
-    for module in model.modules():
+    """Undo optimize(), bit for bit; a model that was never optimized stays as it is.
+
+    A class that was made since from a rule's (by a parametrization or FSDP2, say) is made anew from
+    the original. Raises TypeError, before anything changes, where that cannot be.
+    """
+    originals = {module: _original_of(module) for module in model.modules()}
+    for module, original in originals.items():
         if isinstance(module, Fast):
-            _put_back(module)
+            _put_back(module, original)
         journal = module.__dict__.pop(JOURNAL, None)
         for handle in journal.handles if journal else ():
             handle.remove()
@@ -160,6 +171,7 @@ def survey(
     covered: set[int] = set()
     parts: dict[int, str] = {}  # of modules that no kernel can serve
     names = {id(module): fqn for fqn, module in model.named_modules()}
+    holders = holders_of(model)
     for fqn, module in model.named_modules():
         layer = Layer(fqn, dotted(original_class(module)))
         rule, layer.reason = rules.find(module)
@@ -167,6 +179,7 @@ def survey(
             layer.reason = _reason(module, fqn, rule, mode, patterns, filter_fn, names)
             if layer.reason is None:
                 layer.rule = dotted(rule)
+                layer.note = rule.note(module, holders.get(id(module), ()))
                 covered.update(id(m) for child in rule.bypassed(module) for m in child.modules())
                 if not isinstance(module, Fast):
                     swaps.append((module, rule))
@@ -179,35 +192,14 @@ def survey(
             else:
                 alone = next((why for cls, why in _HOT.items() if isinstance(module, cls)), None)
                 layer.reason = alone and parts.get(id(module), alone)
-                if alone is None and _is_attention(module):
-                    layer.reason = _NO_RULE
-                    _tell_parts(parts, fqn, module)
+                if alone is None and is_attention(module):
+                    layer.reason = why_torchs(module)
+                    tell_parts(parts, fqn, module)
         elif layer.old in rules.UNSERVED:
-            _tell_parts(parts, fqn, module)
+            tell_parts(parts, fqn, module)
         if layer.rule or layer.reason:
             layers.append(layer)
     return layers, swaps
-
-
-def _is_attention(module: nn.Module) -> bool:
-    """Whether a class that no rule names is an attention: by its name, its parts not served."""
-    if not any(word in type(module).__name__ for word in _ATTENTION):
-        return False
-    below = [child for child in module.modules() if child is not module]
-    if any(_is_known(child) or _is_attention(child) for child in below):
-        return False
-    return any(isinstance(child, (nn.Linear, nn.Conv2d)) for child in below)
-
-
-def _is_known(module: nn.Module) -> bool:
-    rule, reason = rules.find(module)
-    return reason is not None or (rule is not None and not rule.implied)
-
-
-def _tell_parts(parts: dict[int, str], fqn: str, module: nn.Module) -> None:
-    """What stands below an attention that no rule serves is part of that."""
-    part = f"part of {fqn or 'the model'}, which is torch's"
-    parts.update((id(below), part) for below in module.modules())
 
 
 def _reason(module, fqn, rule, mode, patterns, filter_fn, names):
@@ -236,23 +228,31 @@ def _excluded(fqn, patterns):
 
 
 def _swap(module, rule, plan):
-    plan.facts = rule.facts(module)
+    plan.rule, plan.facts = rule, rule.facts(module)
     module.__dict__[PLAN] = plan
     rule.on_swap(module)
     module.__class__ = rule
 
 
-def _put_back(module):
+def _original_of(module):
+    """The class that restore() gives a module."""
+    cls = type(module)
+    return restored_class(cls, module.__dict__[PLAN].rule) if isinstance(module, Fast) else cls
+
+
+def _put_back(module, original):
     type(module).on_restore(module)
     module.__dict__.pop(PLAN, None)
     _derived.clear(module)
-    module.__class__ = module.replaces
+    module.__class__ = original
 
 
 def _watch(model):
     """Settle what every replaced module bypasses, once all classes are what they will be."""
+    holders = holders_of(model)
     for module in model.modules():
         if isinstance(module, Fast):
+            type(module).learn(module, holders.get(id(module), ()))
             module.__dict__[PLAN].watch(module, type(module).bypassed(module))
 
 
@@ -272,13 +272,27 @@ def _check_options(model, options, example, verify):
             pass
 
 
+def _check_patterns(model, patterns, strict):
+    names = [name for name, _ in model.named_modules() if name]
+    unused = [p for p in patterns if not any(fnmatchcase(name, p) for name in names)]
+    if not unused:
+        return
+    close = difflib.get_close_matches(unused[0], names, n=3)
+    message = f"optimize: exclude={unused[0]!r} names no module of this model" + (
+        f"; close to it {', '.join(close)}" if close else ""
+    )
+    if strict:
+        raise ValueError(message)
+    warnings.warn(message, stacklevel=3)
+
+
 def _nothing(model, layers, strict):
     alone = set(_HOT.values())
     found = sorted({layer.reason for layer in layers if layer.reason and layer.reason not in alone})
     why = f" Left alone: {'; '.join(found[:5])}." if found else ""
     message = (
         f"no rule serves any layer of {dotted(original_class(model))}.{why} "
-        f"Looked for {len(rules.RULES)} classes: {', '.join(sorted(rules.RULES))}"
+        f"Looked for {len(rules.RULES)} classes; hybridops.explain(model) names every hot layer"
     )
     if strict:
         raise NothingToOptimize(message)

@@ -11,10 +11,16 @@ from timm.models.resnetv2 import Bottleneck as BottleneckV2
 from timm.models.resnetv2 import ResNetV2
 from torch import nn
 
-from ..nn.conv import folded_conv, not_bare_conv
-from ..ops import group_norm
-from .convs import TRAINING, Chain, Residual, Stem, is_standardised, run, why_not
-from .fast import Fast, activation_name
+from .convs import (
+    TRAINING,
+    ActivatedGroupNorm,
+    Chain,
+    Residual,
+    StandardisedConv,
+    Stem,
+    run,
+    why_not,
+)
 
 
 class FastBottleneckV2(Residual, BottleneckV2):
@@ -58,53 +64,21 @@ class FastConvNormAct(Chain, ConvNormAct):
     pass
 
 
-class _StdConv(Fast):
-    """The weight is standardised once, not in every call."""
-
-    channels_last = True
-
-    @classmethod
-    def unserved(cls, module, mode):
-        return TRAINING if mode == "train" else not_bare_conv(module)
-
-    def forward(self, x):
-        conv = self._hybridops_plan.derived(self, x)
-        return self.replaces.forward(self, x) if conv is None else conv(x)
-
-    def derive(self):
-        return folded_conv(self, None, is_standardised(self))
-
-
-class FastStdConv2d(_StdConv, StdConv2d):
+class FastStdConv2d(StandardisedConv, StdConv2d):
     pass
 
 
-class FastStdConv2dSame(_StdConv, StdConv2dSame):
+class FastStdConv2dSame(StandardisedConv, StdConv2dSame):
     pass
 
 
-class FastGroupNormAct(Fast, GroupNormAct):
-    """Norm and activation in one pass, where the image is channels_last already."""
+class FastGroupNormAct(ActivatedGroupNorm, GroupNormAct):
+    behind = "act"
 
     @classmethod
     def unserved(cls, module, mode):
-        if mode == "train":
-            return "training keeps the norm as it is"
-        if type(module.drop) is not nn.Identity:
-            return "dropout behind the norm"
-        served = activation_name(module.act) is not None
-        return None if served else f"{type(module.act).__name__} has no kernel"
-
-    @classmethod
-    def facts(cls, module):
-        return activation_name(module.act)
-
-    def forward(self, x):
-        plan = self._hybridops_plan
-        if not plan.folds(self, x) or x.ndim != 4 or x.is_contiguous():
-            return GroupNormAct.forward(self, x)
-        weight, bias = self.weight, self.bias
-        return group_norm(x, self.num_groups, weight, bias, self.eps, activation=plan.facts)
+        dropped = type(module.drop) is not nn.Identity
+        return "dropout behind the norm" if dropped else super().unserved(module, mode)
 
 
 class FastResNetV2(Stem, ResNetV2):

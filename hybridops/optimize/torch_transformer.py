@@ -1,8 +1,9 @@
 """torch.nn's MultiheadAttention, TransformerEncoderLayer and TransformerDecoderLayer.
 
-The layers are the case in which nobody reads attention's weights: their rules say so to it. Any
-other caller of an nn.MultiheadAttention gets the weights that it asks for, by default too, in
-plain torch, which `backend.fallbacks` counts.
+The layers are the case in which nobody reads attention's weights: their rules say so to it. Where
+a method of another class throws them away (callers.py), its calls of an nn.MultiheadAttention go
+without. Any other caller gets the weights that it asks for, by default too, in plain torch, which
+`backend.fallbacks` counts.
 """
 
 from __future__ import annotations
@@ -19,11 +20,13 @@ from ..nn._derived import Weights
 from ..nn._fusion import is_off, keeps_fp32
 from ..nn.multihead_attention import MultiheadAttention
 from ..ops import linear, mlp_layer
+from .callers import callers, is_called_from
 from .fast import (
     Fast,
     activation_name,
     fall_back,
     first,
+    is_watched,
     norm_of,
     not_layer_norm,
     not_one_of,
@@ -62,6 +65,32 @@ class FastMultiheadAttention(Fast, MultiheadAttention):
         if odd is not None:
             return f"a projection's weight is a {type(odd).__name__}"
         return not_one_of("out_proj", module.out_proj, nn.Linear, NonDynamicallyQuantizableLinear)
+
+    @classmethod
+    def facts(cls, module):
+        return frozenset()  # the callers that throw the weights away: see learn()
+
+    @classmethod
+    def learn(cls, module, holders):
+        module._hybridops_plan.facts = callers(holders).frugal
+
+    @classmethod
+    def note(cls, module, holders):
+        reader = callers(holders).reader if holders else None
+        return reader and f"attention weights are computed where asked for: {reader}"
+
+    def _weights_are_dropped(self: Any) -> bool:
+        sites = self._hybridops_plan.facts
+        if not sites or torch.compiler.is_dynamo_compiling():  # its graph keeps what is read
+            return bool(sites)
+        return not is_watched(self) and is_called_from(sites)
+
+    def as_called(self: Any, args, kwargs):
+        if not is_called_from(self._hybridops_plan.facts):
+            return args, kwargs
+        if len(args) > 4:  # query, key, value, key_padding_mask, need_weights
+            return (*args[:4], False, *args[5:]), kwargs
+        return args, kwargs | {"need_weights": False}
 
 
 class TransformerLayer(Fast):

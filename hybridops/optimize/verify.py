@@ -18,6 +18,7 @@ takes, the layer is measured on input with noise added too, which it must pass a
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -105,12 +106,14 @@ class Verification:
 def verify(model: nn.Module, example: Any, *, raises: bool = False, seed: int = 0) -> Verification:
     """Compare every layer that optimize() replaced with the original, on a copy of the model.
 
-    example: an input of the model, or a tuple of its arguments, in its dtype. raises:
-    VerificationError unless ok.
+    example, in the model's dtype: an input of the model, a tuple of its arguments, or a mapping of
+    its keyword arguments, as transformers' processors return them (a model whose one argument is a
+    mapping takes it in a tuple). raises: VerificationError unless ok.
     Raises ValueError for a model without replaced layers, TypeError for one whose dtype is float64
     (there is nothing better to compare it with).
     """
-    args = example if isinstance(example, tuple) else (example,)
+    kwargs = dict(example) if isinstance(example, Mapping) else {}
+    args = () if kwargs else example if isinstance(example, tuple) else (example,)
     if not any(True for _ in replaced(model)):
         raise ValueError("verify: no layer of this model is replaced; call optimize(model) first")
     if any(p.dtype == torch.float64 for p in model.parameters()):
@@ -121,11 +124,11 @@ def verify(model: nn.Module, example: Any, *, raises: bool = False, seed: int = 
     _drop_caches(fast)
     original = restore(copy.deepcopy(fast))
     randomise_gates(original, seed)
-    fit_statistics(original, args, seed)
+    fit_statistics(original, args, seed, **kwargs)
     _drop_caches(original)
     fast.load_state_dict(original.state_dict())
     exact = copy.deepcopy(original).double()
-    calls = capture(original, args, dict(replaced(fast)))
+    calls = capture(original, args, dict(replaced(fast)), **kwargs)
     generator = torch.Generator().manual_seed(seed)
     checks, planted, proven = [], 0, set()
     missed: dict[type, list[str]] = {}

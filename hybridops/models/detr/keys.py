@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
+
+from ..fit import join
 
 Renames = tuple[tuple[str, str], ...]
 
@@ -63,7 +64,10 @@ def family_of(state: Mapping[str, Tensor]) -> str | None:
 
 
 def own_keys(family: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state dict under our names; what no rule knows keeps its own."""
+    """The state dict under our names, transformers' three projections as torch's packed one.
+
+    What no rule knows keeps its own name; what cannot be packed stays apart.
+    """
     renamed = {}
     for key, value in state.items():
         if key.endswith("num_batches_tracked"):  # of a norm that does not move
@@ -71,14 +75,4 @@ def own_keys(family: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         for pattern, ours in FAMILIES[family]:
             key = re.sub(pattern, ours, key)
         renamed[key] = value
-    return _joined(renamed)
-
-
-def _joined(state):
-    """transformers' three projections as torch's packed one, wherever all three are there."""
-    for key in [k for k in state if ".q_proj." in k]:
-        parts = [key.replace(".q_proj.", f".{letter}_proj.") for letter in "qkv"]
-        if all(part in state for part in parts):
-            owner, leaf = key.split(".q_proj.")
-            state[f"{owner}.in_proj_{leaf}"] = torch.cat([state.pop(part) for part in parts])
-    return state
+    return join(renamed)

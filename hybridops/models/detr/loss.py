@@ -86,7 +86,7 @@ def set_loss(
 
     targets: one per image. The suffix counts the auxiliary layers; "mask" and "dice" come with
     predicted masks, of the last layer alone.
-    Raises ValueError for targets that do not fit the prediction.
+    Raises ValueError for targets that do not fit the prediction, TypeError for their dtypes.
     """
     weights = weights or Weights()
     _check(prediction, targets)
@@ -172,14 +172,42 @@ def _check(prediction, targets):
     if len(targets) != B:
         raise ValueError(f"set_loss: {B} images need {B} targets, got {len(targets)}")
     for i, target in enumerate(targets):
-        n = len(target["labels"])
-        if tuple(target["boxes"].shape) != (n, 4):
-            shape = tuple(target["boxes"].shape)
-            raise ValueError(f"set_loss: boxes of image {i} must be ({n}, 4), got {shape}")
-        if n and not 0 <= int(target["labels"].min()) <= int(target["labels"].max()) < classes - 1:
-            raise ValueError(
-                f"set_loss: labels of image {i} must be in 0 ... {classes - 2}, "
-                f"got {target['labels'].tolist()}"
-            )
-        if prediction.masks is not None and len(target["masks"]) != n:
-            raise ValueError(f"set_loss: image {i} needs {n} masks, got {len(target['masks'])}")
+        for key in (
+            ("labels", "boxes") if prediction.masks is None else ("labels", "boxes", "masks")
+        ):
+            if key not in target:
+                raise ValueError(f"set_loss: the target of image {i} has no {key}")
+        _check_labels(i, target["labels"], classes)
+        _check_boxes(i, target["boxes"], n := len(target["labels"]))
+        if prediction.masks is not None and (
+            target["masks"].ndim != 3 or len(target["masks"]) != n
+        ):
+            shape = tuple(target["masks"].shape)
+            raise ValueError(f"set_loss: masks of image {i} must be ({n}, H, W), got {shape}")
+
+
+def _check_labels(i, labels, classes):
+    if labels.dtype != torch.int64:
+        raise TypeError(f"set_loss: labels of image {i} must be int64, got {labels.dtype}")
+    if labels.ndim != 1:
+        shape = tuple(labels.shape)
+        raise ValueError(f"set_loss: labels of image {i} must be (n,), got {shape}")
+    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < classes - 1:
+        raise ValueError(
+            f"set_loss: labels of image {i} must be in 0 ... {classes - 2}, got {labels.tolist()}"
+        )
+
+
+def _check_boxes(i, boxes, n):
+    if tuple(boxes.shape) != (n, 4):
+        shape = tuple(boxes.shape)
+        raise ValueError(f"set_loss: boxes of image {i} must be ({n}, 4), got {shape}")
+    if not boxes.is_floating_point():
+        raise TypeError(f"set_loss: boxes of image {i} must be floating-point, got {boxes.dtype}")
+    # 2: a crop may cut an object off, but no fraction is as large as a pixel's number
+    wrong = ~boxes.isfinite().all(1) | (boxes[:, 2:] < 0).any(1) | (boxes > 2).any(1)
+    if wrong.any():
+        raise ValueError(
+            f"set_loss: boxes of image {i} must be finite (centre x, centre y, width, height), in "
+            f"fractions of the image, got {boxes[wrong][0].tolist()}"
+        )

@@ -42,7 +42,7 @@ def resized_shape(size: Size, shortest: int = 800, longest: int = 1333) -> Size:
     """(height, width) with the shorter side `shortest`, unless the longer would pass `longest`."""
     small, large = min(size), max(size)
     exact = min(float(shortest), longest * small / large)
-    short = round(exact)
+    short = max(round(exact), 1)  # of a strip too
     if short == small:
         return size
     long = int((exact if exact < shortest else short) * large / small)

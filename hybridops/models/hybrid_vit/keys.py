@@ -8,14 +8,11 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
+from ..fit import State, is_dense, join
 from .model import HybridVit, resize_positions
-
-State = Mapping[str, Tensor]
 
 _BLOCK = "patch_embed.backbone.stages.{}.blocks.{}."
 _JAX = (
@@ -79,11 +76,19 @@ def own_keys(model: HybridVit, family: str, state: State) -> dict[str, Tensor]:
     elif family == "mobileclip":
         own = _from_mobileclip(state)
     positions = own.get("pos_embed")
-    if positions is not None and positions.ndim == 3:
+    if positions is not None and _is_grid(positions, model):
         side = math.isqrt(positions.shape[1] - model.class_position)
-        if side * side == positions.shape[1] - model.class_position:
-            own["pos_embed"] = resize_positions(positions, (side, side), model.grid)
+        own["pos_embed"] = resize_positions(positions, (side, side), model.grid)
     return own
+
+
+def _is_grid(positions: Tensor, model: HybridVit) -> bool:
+    """Whether these are real numbers of a square grid that can be interpolated."""
+    if not is_dense(positions) or not positions.is_floating_point() or positions.ndim != 3:
+        return False
+    cells = positions.shape[1] - model.class_position
+    alike = positions.shape[::2] == model.pos_embed.shape[::2]
+    return alike and cells > 0 and math.isqrt(cells) ** 2 == cells
 
 
 def _renamed(key, patterns):
@@ -108,16 +113,12 @@ def _from_jax(state: State) -> dict[str, Tensor]:
             key = _BLOCK.format(stage, block) + key[unit.end() :]
         key = _renamed(key, _JAX)
         own[key] = _from_flax(key, value)
-    for key in [k for k in own if ".attn.query." in k]:
-        parts = [key.replace("query", name) for name in ("query", "key", "value")]
-        if all(part in own for part in parts):
-            own[key.replace("query", "qkv")] = torch.cat([own.pop(part) for part in parts])
-    return own
+    return join(own)
 
 
 def _from_flax(key: str, value: Tensor) -> Tensor:
     """The tensor laid out as torch's layer of that name wants it."""
-    if key in ("cls_token", "pos_embed"):
+    if key in ("cls_token", "pos_embed") or not is_dense(value):
         return value
     if not key.endswith(".weight") or "norm" in key:  # by heads; GroupNorm's are (1, 1, 1, C)
         return value.flatten()
@@ -135,9 +136,10 @@ def _from_mobileclip(state: State) -> dict[str, Tensor]:
         for key, value in state.items()
         if key.startswith("image_encoder.model.")
     }
-    if "pos_embed" in own:
-        own["pos_embed"] = own["pos_embed"].squeeze(0)
-    if "head.weight" in own:  # a projection without bias
-        own["head.weight"] = own["head.weight"].t()
-        own["head.bias"] = own["head.weight"].new_zeros(len(own["head.weight"]))
+    positions, head = own.get("pos_embed"), own.get("head.weight")
+    if positions is not None and is_dense(positions):
+        own["pos_embed"] = positions.squeeze(0)
+    if head is not None and is_dense(head) and head.ndim == 2:  # a projection without bias
+        own["head.weight"] = head.t()
+        own["head.bias"] = head.new_zeros(head.shape[1])
     return own
