@@ -22,6 +22,7 @@ from ..compat import register_transformers
 from ..nn import _derived
 from . import rules
 from .fast import PLAN, Fast, Plan, dotted, original_class
+from .folded import unfolded
 
 JOURNAL = "_hybridops_journal"
 MODES = ("inference", "train")
@@ -160,14 +161,19 @@ def survey(
     covered: set[int] = set()
     parts: dict[int, str] = {}  # of modules that no kernel can serve
     names = {id(module): fqn for fqn, module in model.named_modules()}
+    uses = Counter(id(child) for module in model.modules() for child in module._modules.values())
     for fqn, module in model.named_modules():
         layer = Layer(fqn, dotted(original_class(module)))
         rule, layer.reason = rules.find(module)
+        if rule is not None and rule.yields and id(module) in covered:
+            continue
         if rule is not None:
-            layer.reason = _reason(module, fqn, rule, mode, patterns, filter_fn, names)
+            layer.reason = _reason(module, fqn, rule, mode, patterns, filter_fn, names, uses)
+        parts.update(unfolded(module, layer.reason))
+        if rule is not None:
             if layer.reason is None:
                 layer.rule = dotted(rule)
-                covered.update(id(m) for child in rule.bypassed(module) for m in child.modules())
+                covered.update(map(id, rule.covered(module)))
                 if not isinstance(module, Fast):
                     swaps.append((module, rule))
             elif rule.implied:
@@ -210,7 +216,7 @@ def _tell_parts(parts: dict[int, str], fqn: str, module: nn.Module) -> None:
     parts.update((id(below), part) for below in module.modules())
 
 
-def _reason(module, fqn, rule, mode, patterns, filter_fn, names):
+def _reason(module, fqn, rule, mode, patterns, filter_fn, names, uses):
     if isinstance(module, Fast):
         return None
     if _excluded(fqn, patterns):
@@ -219,6 +225,8 @@ def _reason(module, fqn, rule, mode, patterns, filter_fn, names):
         return "filter_fn"
     for child in rule.bypassed(module):
         for below in child.modules():
+            if rule.yields and uses[id(below)] > 1 and (below._parameters or below._buffers):
+                return f"{names[id(below)]} stands in two places"
             if _excluded(names[id(below)], patterns):
                 return f"holds the excluded {names[id(below)]}"
             if below._forward_hooks or below._forward_pre_hooks or "forward" in vars(below):
