@@ -20,6 +20,7 @@ from .. import backend
 from ..nn._fusion import is_hooked
 from ..nn.conv import folded_conv, is_channels_last
 from ..ops import linear
+from . import rules
 from .convs import BATCH_NORMS, TRAINING, Unserved, path_of, read_chain
 from .fast import (
     activation_name,
@@ -31,8 +32,9 @@ from .fast import (
     not_plain_weight,
     original_class,
 )
-from .shapes import Shaped, bind, hidden_methods
+from .shapes import SHAPES, Shaped, bind, hidden_methods
 
+CONV_NORM_ACTIVATION = "torchvision.ops.misc:Conv2dNormActivation"
 _KNOWN = {
     *(nn.Conv2d, nn.Linear, nn.BatchNorm1d, nn.BatchNorm2d, nn.Identity, nn.Dropout, nn.Dropout2d),
     *(nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.Flatten),
@@ -69,7 +71,8 @@ def parts(module: nn.Sequential) -> list[Part]:
     while i < len(entries):
         holder, name, layer = entries[i]
         behind = [member for _, _, member in entries[i + 1 : i + 3]]
-        members, activation, reason = (layer,), "none", None
+        members: tuple[Any, ...] = (layer,)
+        activation, reason = "none", None
         if isinstance(layer, (nn.Conv2d, nn.Linear)) and behind and _is_batch_norm(behind[0]):
             norm, *after = behind
             activation, reason = _read(module, name, layer, norm)
@@ -103,12 +106,19 @@ def is_known(module: nn.Module) -> bool:
     return _not_in_order(original_class(module)) is None and all(
         not is_hooked(member)
         and (
-            is_known(member)
+            _has_no_rule(member) and is_known(member)
             if isinstance(member, nn.Sequential)
             else type(member) in _KNOWN and not getattr(member, "return_indices", False)
         )
         for member in module._modules.values()
     )
+
+
+def _has_no_rule(member: nn.Module) -> bool:
+    """Whether a Sequential is none of the classes that a rule of their own serves."""
+    cls = original_class(member)
+    own = dotted(cls) in rules.RULES or cls.__name__ in SHAPES
+    return cls is nn.Sequential or not own
 
 
 def _not_in_order(cls: type[nn.Module]) -> str | None:
@@ -183,7 +193,7 @@ def match(module: nn.Module) -> Any:
     """The rule for a Sequential that holds a norm to fold, or None."""
     if not isinstance(module, nn.Sequential) or not any(part.folds for part in parts(module)):
         return None
-    known = dotted(original_class(module)) == "torchvision.ops.misc:Conv2dNormActivation"
+    known = dotted(original_class(module)) == CONV_NORM_ACTIVATION
     return bind(FastConv2dNormActivation if known else FastFoldedSequential, type(module))
 
 
@@ -246,7 +256,7 @@ class _Steps:
     That is the first convolution: what stands before may write to the very input.
     """
 
-    def __init__(self, module: FastFoldedSequential) -> None:
+    def __init__(self, module: Any) -> None:
         found = parts(module)
         convs = [i for i, part in enumerate(found) if isinstance(part.members[0], nn.Conv2d)]
         turns = len(convs) >= _TURNS and not module.lays and is_known(module)
