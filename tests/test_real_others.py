@@ -19,6 +19,10 @@ TORCHVISION_SLOW = {
     "swin_v2_t": Real(96, False, "AttentionV2 MLP PatchMergingV2", ("a subclass of",)),
     "maxvit_t": Real(224, False, "Partition Attention"),
     "resnet50": Real(96, False, "ResNet Bottleneck"),
+    "mobilenet_v2": Real(64, False, "Conv2dNormActivation FoldedSequential"),
+    "mobilenet_v3_small": Real(64, False, "Conv2dNormActivation"),
+    "efficientnet_b0": Real(64, False, "Conv2dNormActivation"),
+    "vgg11_bn": Real(64, False, "FoldedSequential"),
 }
 _DETR = "ConvEncoder EncoderLayer DecoderLayer"
 _LAYERS = "Layer Attention MLP PatchEmbeddings"

@@ -24,7 +24,7 @@ from torch.utils import _pytree as pytree
 import hybridops
 
 from .. import backend
-from ..optimize import optimize, verify
+from ..optimize import folded, optimize, verify
 from ..optimize.explain import create
 from ..optimize.fast import Fast, dotted
 from ..optimize.gates import fit_statistics, randomise_gates
@@ -45,6 +45,10 @@ _SHAPED = {  # rule -> what stands in place of a path
     f"hybridops.optimize.{shape.rule}": f"{shape.what} {name}"
     for name, shapes in SHAPES.items()
     for shape in shapes
+}
+_FOLDED = {  # the same, of classes that packages have
+    f"{folded.__name__}:FastFoldedSequential": "Sequential with a norm to fold",
+    f"{folded.__name__}:FastConv2dNormActivation": folded.CONV_NORM_ACTIVATION,
 }
 _AUTHORS = "the authors' own code, which no package has: --models FILE measures a copy"
 
@@ -119,6 +123,8 @@ def parity(
     table = Table({path: Entry(path, _name(rule)) for path, rule in RULES.items()})
     for rule, path in _SHAPED.items():
         table.entries[path] = Entry(path, rule.rpartition(":")[2], without=_AUTHORS)
+    for rule, path in _FOLDED.items():
+        table.entries[path] = Entry(path, rule.rpartition(":")[2])
     for cls in _own_classes():
         table.entries.setdefault(dotted(cls), Entry(dotted(cls)))
     for path, why in _WITHOUT.items():
@@ -159,7 +165,7 @@ def _name(rule: str | type[Fast]) -> str:
 def _path(rule: Any) -> str:
     """The entry of a replaced layer's class."""
     if issubclass(rule, Shaped):
-        return _SHAPED[dotted(rule.base)]
+        return (_SHAPED | _FOLDED)[dotted(rule.base)]
     return dotted(rule.replaces)
 
 

@@ -102,9 +102,7 @@ class Conv:
         if not self._runs_packed(x, residual):
             if x.is_cuda:  # what cuDNN's kernels for tensor cores read
                 x = x.contiguous(memory_format=torch.channels_last)
-            y = F.conv2d(
-                x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups
-            )
+            y = self.plain(x)
             return ACTIVATIONS[activation](y if residual is None else y + residual)
         x = x.contiguous(memory_format=torch.channels_last)
         geometry = (self.padding, self.stride, self.dilation, self.groups)
@@ -128,6 +126,11 @@ class Conv:
             x, packed, bias, *geometry, *_UNARY["none"]
         )
         return ACTIVATIONS[activation](y.add_(residual))
+
+    def plain(self, x: Tensor) -> Tensor:
+        """conv(x) by torch's convolution, in the memory format that it gives; SAME pads before."""
+        geometry = (self.stride, self.padding, self.dilation, self.groups)
+        return F.conv2d(x, self.weight, self.bias, *geometry)
 
     def _runs_packed(self, x, residual):
         if backend.is_captured() or backend.reference_forced():
@@ -163,6 +166,11 @@ class Conv:
             if self._again is not None:
                 self._weight = None
         return packed
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Whether an image, or a convolution's weight, lies in that format and in no other."""
+    return not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
 
 
 def _has_onednn(dtype):
@@ -220,10 +228,18 @@ class StdConv2dSame(nn.Conv2d):
         return F.conv2d(x, weight, None, self.stride, self.padding, self.dilation, self.groups)
 
 
-def folded_conv(conv: Any, norm: Any = None, standardised: bool = False) -> Conv:
+def folded_conv(
+    conv: Any,
+    norm: Any = None,
+    standardised: bool = False,
+    same: bool = False,
+    channels_last: bool = True,
+) -> Conv:
     """An nn.Conv2d with the eval-mode BatchNorm behind it (or None) as one Conv.
 
-    standardised: whether it standardises its weight, with its own eps.
+    standardised: whether it standardises its weight, with its own eps. same: whether it pads as
+    TensorFlow's SAME, where its same_pad does not say so. channels_last: whether the
+    weight is so on a GPU, where it makes the images so.
     """
 
     def fold():
@@ -236,9 +252,9 @@ def folded_conv(conv: Any, norm: Any = None, standardised: bool = False) -> Conv
         if weight.is_cpu and weight is not conv.weight:
             again = lambda: fold()[0]  # noqa: E731
         weight, bias = weight.detach(), None if bias is None else bias.detach()
-        if weight.is_cuda:
+        if channels_last and weight.is_cuda:
             weight = weight.contiguous(memory_format=torch.channels_last)
-    padding = "SAME" if getattr(conv, "same_pad", False) else conv.padding
+    padding = "SAME" if same or getattr(conv, "same_pad", False) else conv.padding
     return Conv(weight, bias, conv.stride, padding, conv.dilation, conv.groups, again)
 
 

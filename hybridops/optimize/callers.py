@@ -43,10 +43,10 @@ class _Use(NamedTuple):
 
 
 def holders_of(model: nn.Module) -> dict[int, list[Holder]]:
-    """By the id of every module below the model: what holds it."""
+    """By the id of every module below the model: what holds it, a holder once for each name."""
     found: dict[int, list[Holder]] = {}
     for holder in model.modules():
-        for name, child in holder.named_children():
+        for name, child in holder._modules.items():
             found.setdefault(id(child), []).append((holder, name))
     return found
 

@@ -19,7 +19,8 @@ from ..ops import group_norm
 from .fast import Fast, activation_name, dotted, not_activation, original_class
 
 STANDARDISED = {"timm.layers.std_conv:StdConv2d", "timm.layers.std_conv:StdConv2dSame"}
-_CONVS = {"torch.nn.modules.conv:Conv2d", *STANDARDISED}
+_SAME = "timm.layers.conv2d_same:Conv2dSame"
+_CONVS = {"torch.nn.modules.conv:Conv2d", _SAME, *STANDARDISED}
 _FAMILIES = {  # transformers', each with copies of its own
     "conditional_detr": "ConditionalDetr",
     "d_fine": "DFine",
@@ -35,7 +36,7 @@ FROZEN = {
     f"transformers.models.{model}.modeling_{model}:{prefix}FrozenBatchNorm2d"
     for model, prefix in _FAMILIES.items()
 }
-_BATCH_NORMS = {
+BATCH_NORMS = {
     "torch.nn.modules.batchnorm:BatchNorm2d",
     "torchvision.ops.misc:FrozenBatchNorm2d",
     "timm.layers.norm_act:BatchNormAct2d",
@@ -99,11 +100,13 @@ def read_chain(modules: Iterable[nn.Module | None]) -> list[Link]:
         elif path in _CALLED:
             links.append(Link(module, activation="called"))
         elif last is None or last.activation != "none":
-            raise Unserved(f"{original_class(module).__name__} follows no convolution")
-        elif path in _BATCH_NORMS or path in _GROUP_NORMS:
+            known = path in BATCH_NORMS or path in _GROUP_NORMS or activation_name(module)
+            why = "follows no convolution" if known else "has no kernel"
+            raise Unserved(f"{original_class(module).__name__} {why}")
+        elif path in BATCH_NORMS or path in _GROUP_NORMS:
             if last.norm is not None:
                 raise Unserved("two norms behind one convolution")
-            if path in _BATCH_NORMS and module.running_mean is None:
+            if path in BATCH_NORMS and module.running_mean is None:
                 raise Unserved("a BatchNorm without running statistics")
             last.norm = module
             last.activation = _own_activation(module)
@@ -151,7 +154,8 @@ class Step:
             self.conv = link.conv
         else:
             norm = None if self.norm is not None else link.norm
-            self.conv = folded_conv(link.conv, norm, is_standardised(link.conv))
+            same = path_of(link.conv) == _SAME
+            self.conv = folded_conv(link.conv, norm, is_standardised(link.conv), same)
 
     def __call__(self, x: Tensor) -> Tensor:
         if self.activation == "called":

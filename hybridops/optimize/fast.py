@@ -151,6 +151,13 @@ class Plan:
             return self._intact_in_graph() and not any(c.training for c in self._children)
         return not any(map(_training, self._children)) and self.intact()
 
+    def records(self) -> bool:
+        """Whether a gradient of what derive() reads is recorded."""
+        return torch.is_grad_enabled() and any(
+            t is not None and t.requires_grad
+            for t in map(getitem, self._tensors, self._tensor_names)
+        )
+
     def _intact_in_graph(self) -> bool:
         """intact() in words that torch.compile can read."""
         hooked = any(
@@ -180,6 +187,7 @@ class Fast:
     overrides: ClassVar[str] = "forward"  # the method it overrides: verify() compares its results
     channels_last: ClassVar[bool] = False  # runs oneDNN's channels_last convolutions: see verify()
     implied: ClassVar[bool] = False  # report() says nothing of it where it does not apply
+    yields: ClassVar[bool] = False  # not looked for in what another rule bypasses, nor used twice
     invisible: ClassVar[tuple[str, ...]] = ()  # ends of the names of tensors that cancel out
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -197,6 +205,11 @@ class Fast:
     def bypassed(cls, module: Any) -> Iterable[nn.Module]:
         """The direct children whose forward is not called: all, unless the rule says otherwise."""
         return module.children()
+
+    @classmethod
+    def covered(cls, module: Any) -> Iterable[nn.Module]:
+        """What the report does not name where the rule applies: all below what is bypassed."""
+        return [below for child in cls.bypassed(module) for below in child.modules()]
 
     @classmethod
     def facts(cls, module: Any) -> Any:

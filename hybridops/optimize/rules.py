@@ -14,12 +14,13 @@ from typing import Any
 
 from torch import nn
 
-from . import shapes
+from . import folded, shapes
 from .fast import Fast, dotted
 
 _HERE = "hybridops.optimize"
 _RELPOS = "timm.models.vision_transformer_relpos"
 _WINDOWS = "timm.models.swin_transformer"
+_MOBILE = "timm.models._efficientnet_blocks"
 _RT_RESNET = "transformers.models.rt_detr.modeling_rt_detr_resnet:RTDetrResNet"
 _TORCH = f"{_HERE}.torch_transformer"
 _SWIN = "torchvision.models.swin_transformer"
@@ -63,6 +64,12 @@ RULES: dict[str, str | type[Fast]] = {
     "timm.models.resnetv2:Bottleneck": f"{_HERE}.timm_resnet:FastBottleneckV2",
     "timm.models.resnetv2:ResNetV2": f"{_HERE}.timm_resnet:FastResNetV2",
     "timm.models._features:FeatureListNet": f"{_HERE}.timm_resnet:FastFeatureListNet",
+    f"{_MOBILE}:ConvBnAct": f"{_HERE}.timm_efficientnet:FastConvBnAct",
+    f"{_MOBILE}:DepthwiseSeparableConv": f"{_HERE}.timm_efficientnet:FastDepthwiseSeparableConv",
+    f"{_MOBILE}:InvertedResidual": f"{_HERE}.timm_efficientnet:FastInvertedResidual",
+    f"{_MOBILE}:EdgeResidual": f"{_HERE}.timm_efficientnet:FastEdgeResidual",
+    "timm.models.efficientnet:EfficientNet": f"{_HERE}.timm_efficientnet:FastEfficientNet",
+    "timm.models.mobilenetv3:MobileNetV3": f"{_HERE}.timm_efficientnet:FastMobileNetV3",
     "timm.layers.hybrid_embed:HybridEmbed": f"{_HERE}.timm_hybrid:FastHybridEmbed",
     "timm.models.vision_transformer_hybrid:ConvStem": f"{_HERE}.timm_hybrid:FastConvStem",
     "torchvision.models.resnet:BasicBlock": f"{_HERE}.torchvision_resnet:FastBasicBlock",
@@ -402,13 +409,18 @@ def find(module: nn.Module) -> tuple[type[Fast] | None, str | None]:
     """(rule, None), (None, why not), or (None, None) where nothing names this class or a base."""
     cls = _original(type(module))
     rule = RULES.get(dotted(cls))
-    if rule is not None:
+    if rule is not None and cls is not nn.Sequential:
         return _load(rule), None
     if dotted(cls) in UNSERVED:
         return None, UNSERVED[dotted(cls)]
-    rule, reason = shapes.match(module)
-    if rule is not None or reason is not None:
-        return rule, reason
+    shaped, reason = shapes.match(module)
+    shaped = shaped or folded.match(module)
+    if shaped is not None:
+        return shaped, None
+    if rule is not None:
+        return _load(rule), None
+    if reason is not None:
+        return None, reason
     base = next((b for b in cls.__mro__ if dotted(b) in RULES), None)
     if base is None or cls.__module__.startswith("hybridops.nn."):
         return None, None

@@ -158,6 +158,11 @@ def bind(base: type[Shaped], cls: type[nn.Module]) -> type[Fast]:
 _BOUND: dict[tuple[type, type], type[Fast]] = {}
 
 
+def hidden_methods(cls: type, base: type) -> list[str]:
+    """What a class defines that the rule `base` would hide, its forward aside."""
+    return sorted(_methods(cls) & _methods(base) - {"forward"})
+
+
 def _methods(cls: type) -> set[str]:
     """What a class defines beyond nn.Module, Python's own names aside."""
     own = [base for base in cls.__mro__ if base not in nn.Module.__mro__]
@@ -180,7 +185,7 @@ def match(module: nn.Module) -> tuple[type[Fast] | None, str | None]:
         return None, named
     path, _, name = shape.rule.partition(":")
     base = getattr(importlib.import_module(f"hybridops.optimize.{path}"), name)
-    hidden = sorted(_methods(cls) & _methods(base) - {"forward"})
+    hidden = hidden_methods(cls, base)
     if hidden:
         return None, f"has the shape of {shape.what} {cls.__name__}, and a {hidden[0]} of its own"
     rule = bind(base, cls)

@@ -25,6 +25,7 @@ from . import rules
 from .attentions import is_attention, tell_parts, why_torchs
 from .callers import holders_of
 from .fast import PLAN, Fast, Plan, dotted, original_class
+from .folded import unfolded
 from .wrapped import restored_class
 
 JOURNAL = "_hybridops_journal"
@@ -175,12 +176,16 @@ def survey(
     for fqn, module in model.named_modules():
         layer = Layer(fqn, dotted(original_class(module)))
         rule, layer.reason = rules.find(module)
+        if rule is not None and rule.yields and id(module) in covered:
+            continue
         if rule is not None:
-            layer.reason = _reason(module, fqn, rule, mode, patterns, filter_fn, names)
+            layer.reason = _reason(module, fqn, rule, mode, patterns, filter_fn, names, holders)
+        parts.update(unfolded(module, layer.reason))
+        if rule is not None:
             if layer.reason is None:
                 layer.rule = dotted(rule)
                 layer.note = rule.note(module, holders.get(id(module), ()))
-                covered.update(id(m) for child in rule.bypassed(module) for m in child.modules())
+                covered.update(map(id, rule.covered(module)))
                 if not isinstance(module, Fast):
                     swaps.append((module, rule))
             elif rule.implied:
@@ -202,7 +207,7 @@ def survey(
     return layers, swaps
 
 
-def _reason(module, fqn, rule, mode, patterns, filter_fn, names):
+def _reason(module, fqn, rule, mode, patterns, filter_fn, names, holders):
     if isinstance(module, Fast):
         return None
     if _excluded(fqn, patterns):
@@ -211,6 +216,9 @@ def _reason(module, fqn, rule, mode, patterns, filter_fn, names):
         return "filter_fn"
     for child in rule.bypassed(module):
         for below in child.modules():
+            twice = rule.yields and len(holders[id(below)]) > 1
+            if twice and (below._parameters or below._buffers):
+                return f"{names[id(below)]} stands in two places"
             if _excluded(names[id(below)], patterns):
                 return f"holds the excluded {names[id(below)]}"
             if below._forward_hooks or below._forward_pre_hooks or "forward" in vars(below):
