@@ -66,6 +66,8 @@ HYBRIDOPS_DEVICE void backward_block(const Heads<T>& x1, const Heads<T>& x2, con
       const bool active = turn.active;
       const int head = turn.head, first = turn.first;
       const auto [b, h] = place_of(share.first_head + head, p);
+      const int64_t slice = block / p.parts / p.H;  // of images, in dbias
+      const int64_t first_score = (slice * p.H + h) * p.Nq * p.Nk;
       float d1[2 * kWide][4] = {}, d2[kKeys ? 2 * kWide : 1][4] = {};
       float shift[2] = {}, delta[2] = {};
       bool open_rows = active;
@@ -189,8 +191,7 @@ HYBRIDOPS_DEVICE void backward_block(const Heads<T>& x1, const Heads<T>& x2, con
               s[n][e] = probability;
               dp[n][e] = open ? probability * (dp[n][e] - of_delta) : 0.0f;
               if (!kKeys && dbias && exists) {
-                const int64_t slice = block / p.parts / p.H;
-                const int64_t place = ((slice * p.H + h) * p.Nq + i) * p.Nk + j;
+                const int64_t place = first_score + (int64_t)i * p.Nk + j;
                 dbias.store(place, image ? dbias.load(place) + dp[n][e] : dp[n][e]);
               }
             }

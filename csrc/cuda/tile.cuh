@@ -145,6 +145,25 @@ HYBRIDOPS_DEVICE void multiply(float (&c0)[4], float (&c1)[4], const Left<T>& a,
   }
 }
 
+// Thread `who` of `count` walks over lines of `length`, without a division a step.
+struct Walk {
+  int line, place, lines_a_step, places_a_step, length;
+  HYBRIDOPS_DEVICE Walk(int who, int count, int length)
+      : line(who / length),
+        place(who % length),
+        lines_a_step(count / length),
+        places_a_step(count % length),
+        length(length) {}
+  HYBRIDOPS_DEVICE void next() {
+    line += lines_a_step;
+    place += places_a_step;
+    if (place >= length) {
+      place -= length;
+      ++line;
+    }
+  }
+};
+
 // Rows [0, rows) x columns [0, columns) of a matrix into shared memory, zeros up to (padded_rows,
 // padded_columns); thread `who` of `count`. `whole`: columns lie side by side, 16 bytes at a time
 // are aligned and columns come in such groups; then the copy is asynchronous.
@@ -154,19 +173,16 @@ HYBRIDOPS_DEVICE void stage(Shared<T> to, int ld, Global<const T> from, int64_t 
                             int padded_columns, bool whole, int who, int count) {
   constexpr int kGroup = 16 / sizeof(T);
   if (whole) {
-    const int groups = padded_columns / kGroup;
-    for (int i = who; i < padded_rows * groups; i += count) {
-      const int row = i / groups, column = i % groups * kGroup;
-      copy_async(to + (row * ld + column), from + (row * stride_row + column),
-                 row < rows && column < columns);
-    }
+    for (Walk at(who, count, padded_columns / kGroup); at.line < padded_rows; at.next())
+      copy_async(to + (at.line * ld + at.place * kGroup),
+                 from + (at.line * stride_row + at.place * kGroup),
+                 at.line < rows && at.place * kGroup < columns);
     return;
   }
   const bool down = stride_row == 1 && stride_column != 1;  // walk along what lies side by side
-#pragma unroll 1  // seldom needed, and in many places
-  for (int i = who; i < padded_rows * padded_columns; i += count) {
-    const int row = down ? i % padded_rows : i / padded_columns;
-    const int column = down ? i / padded_rows : i % padded_columns;
+  const int lines = down ? padded_columns : padded_rows;
+  for (Walk at(who, count, down ? padded_rows : padded_columns); at.line < lines; at.next()) {
+    const int row = down ? at.place : at.line, column = down ? at.line : at.place;
     const bool inside = row < rows && column < columns;
     to.store(row * ld + column,
              inside ? from.load(row * stride_row + column * stride_column) : cast<T>(0.0f));
