@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(Product<T, kM, kN>::kThreads, Product<T, kM, k
   const auto right = [&](Shared<T> to, int step) {
     const int k0 = step * Tile::kSum;
     stage(to, Tile::kRightLd, w.data + (column0 * w.stride + k0), w.stride, w.stride_column,
-          N - column0, K - k0, kN, Tile::kSum, w.whole, thread_index(), thread_count());
+          N - column0, K - k0, kN, Tile::kSum, w.whole, thread_index(), Tile::kThreads);
   };
   Tile tile;
   tile.run(memory, (K + Tile::kSum - 1) / Tile::kSum, left, right);

@@ -23,18 +23,18 @@ struct Slices {
   int64_t count() const { return divide_up(rows, length); }
 };
 
-// Rows [first, first + count) x columns [column, column + kColumns) of x as rows of the sum.
-template <int kRows, int kColumns, class T>
+// Rows [first, first + count) x columns [column, column + kColumns) of x as rows of a Tile's sum.
+template <class Tile, int kColumns, class T>
 HYBRIDOPS_DEVICE void stage_down(Shared<T> to, int ld, const Rows<T>& x, int64_t first, int count,
                                  int column, int columns) {
   stage(to, ld, x.data + (first * x.stride + column * x.stride_column), x.stride, x.stride_column,
-        count, columns - column, kRows, kColumns, x.whole, thread_index(), thread_count());
+        count, columns - column, Tile::kSum, kColumns, x.whole, thread_index(), Tile::kThreads);
 }
-template <int kRows, int kColumns, class T>
+template <class Tile, int kColumns, class T>
 HYBRIDOPS_DEVICE void stage_down(Shared<T> to, int ld, const Window<T>& x, int64_t first, int count,
                                  int column, int) {
-  stage_window<kRows, kColumns>(to, ld, x, column,
-                                [&](int row) { return x.cell(first + row, first + count); });
+  stage_window<Tile::kSum, kColumns>(to, ld, x, column,
+                                     [&](int row) { return x.cell(first + row, first + count); });
 }
 
 template <class T>
@@ -90,12 +90,12 @@ __global__ void __launch_bounds__(Product<T, kSide, kSide, true, true>::kThreads
   tile.run(
       memory, (length + Tile::kSum - 1) / Tile::kSum,
       [&](Shared<T> to, int step) {
-        stage_down<Tile::kSum, kSide>(to, Tile::kLeftLd, dy, first + step * Tile::kSum,
-                                      length - step * Tile::kSum, row0, N);
+        stage_down<Tile, kSide>(to, Tile::kLeftLd, dy, first + step * Tile::kSum,
+                                length - step * Tile::kSum, row0, N);
       },
       [&](Shared<T> to, int step) {
-        stage_down<Tile::kSum, kSide>(to, Tile::kRightLd, x, first + step * Tile::kSum,
-                                      length - step * Tile::kSum, column0, K);
+        stage_down<Tile, kSide>(to, Tile::kRightLd, x, first + step * Tile::kSum,
+                                length - step * Tile::kSum, column0, K);
       });
   tile.each([&](int row, int column, float one, float next) {
     if (row0 + row < N)

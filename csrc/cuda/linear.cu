@@ -43,7 +43,7 @@ __global__ void __launch_bounds__(Product<T, kSide, kSide>::kThreads,
     const Global<const T> from = x.data + (row0 * x.stride + k0 * x.stride_column);
     if (!norm.statistics) {
       stage(to, ld, from, x.stride, x.stride_column, rows, K - k0, kSide, kSum, x.whole,
-            thread_index(), thread_count());
+            thread_index(), Tile::kThreads);
       return;
     }
     for (int i = thread_index(); i < kSide * kSum; i += thread_count()) {
@@ -61,7 +61,7 @@ __global__ void __launch_bounds__(Product<T, kSide, kSide>::kThreads,
   const auto right = [&](Shared<T> to, int step) {
     const int k0 = step * kSum;
     stage(to, ld, w.data + (column0 * w.stride + k0 * w.stride_column), w.stride, w.stride_column,
-          N - column0, K - k0, kSide, kSum, w.whole, thread_index(), thread_count());
+          N - column0, K - k0, kSide, kSum, w.whole, thread_index(), Tile::kThreads);
   };
   SharedMemory memory;
   Tile tile;

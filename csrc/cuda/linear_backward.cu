@@ -24,11 +24,11 @@ __global__ void __launch_bounds__(Product<T, kSide, kSide, false, true>::kThread
         const int n0 = step * Tile::kSum;
         stage(to, Tile::kLeftLd, dy.data + (row0 * dy.stride + n0 * dy.stride_column), dy.stride,
               dy.stride_column, rows, N - n0, kSide, Tile::kSum, dy.whole, thread_index(),
-              thread_count());
+              Tile::kThreads);
       },
       [&](Shared<T> to, int step) {
-        stage_down<Tile::kSum, kSide>(to, Tile::kRightLd, weight, (int64_t)step * Tile::kSum,
-                                      N - step * Tile::kSum, column0, K);
+        stage_down<Tile, kSide>(to, Tile::kRightLd, weight, (int64_t)step * Tile::kSum,
+                                N - step * Tile::kSum, column0, K);
       });
   tile.each([&](int row, int column, float one, float next) {
     if (row < rows) store_pair(dx, (row0 + row) * K, column0 + column, K, one, next);
