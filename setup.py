@@ -169,7 +169,8 @@ def ninja_file(
 
     stable = f"{STABLE} {system(torch / 'include')}"
     torch_cpu = f"-Wl,--no-undefined -L{quoted(torch / 'lib')} -ltorch_cpu"
-    cuda_sources = sorted((ROOT / "csrc/cuda").glob("*.cu"))
+    # what takes longest first, or at the end one core compiles it alone
+    cuda_sources = sorted((ROOT / "csrc/cuda").glob("*.cu"), key=lambda p: -p.stat().st_size)
     if nvcc:
         include = f"-isystem {quoted(torch / 'include')}"
         prefixes = "".join(
