@@ -1,4 +1,4 @@
-"""DETR against transformers': weights, outputs with and without padding, loss, gradients."""
+"""DETR against transformers': weights, outputs with and without padding, processing."""
 
 from __future__ import annotations
 
@@ -9,12 +9,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from check import accurate, same_bits
-from torch import nn
+from detr_pairs import awake, batch, pair, pixel_mask, random_prediction, small
 
 import hybridops
 from hybridops import models
 from hybridops.models import WeightsError, create_model, detr, load_weights
-from hybridops.models.detr import Detr, Prediction, Weights, keys, set_loss
 from hybridops.models.detr.processing import resized_shape
 
 PARAMETERS = {
@@ -26,95 +25,11 @@ PARAMETERS = {
     "detr_resnet50_dc5_panoptic": 42_899_288,
     "detr_resnet101_panoptic": 42_899_288 + 60_464_672 - 41_524_768,
 }
-SMALL = {"num_classes": 11, "num_queries": 12, "dim": 64, "heads": 8, "hidden": 96}
 
 
 @pytest.fixture
 def hf(timm):
     return pytest.importorskip("transformers")
-
-
-def small(depth=2, **options) -> Detr:
-    options = SMALL | {"layers": (2, 2), "drop_rate": 0.0} | options
-    return Detr((depth,) * 4, **options).eval()
-
-
-def awake(model: nn.Module) -> nn.Module:
-    """Weights, biases and frozen statistics by which every part counts in the output."""
-    generator = torch.Generator().manual_seed(0)
-
-    def uniform(tensor, low, high):
-        tensor.copy_(torch.rand(tensor.shape, generator=generator) * (high - low) + low)
-
-    with torch.no_grad():
-        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-            if "running_mean" in name:
-                uniform(tensor, -0.2, 0.2)
-            elif "running_var" in name:
-                uniform(tensor, 0.8, 1.2)
-            elif "bn3.weight" in name:
-                uniform(tensor, 0.1, 0.3)
-            elif name.endswith(".weight") and tensor.ndim == 1:
-                uniform(tensor, 0.5, 1.5)
-            elif name.endswith("bias"):
-                uniform(tensor, -0.3, 0.3)
-            elif tensor.ndim == 2 or "input_proj" in name:  # theirs start too faint to matter
-                values = torch.randn(tensor.shape, generator=generator)
-                size = 1.0 if "query" in name else 1.5 / tensor.shape[1] ** 0.5
-                tensor.copy_(values * size)
-    return model
-
-
-def pair(hf, masks=False, dilated=False):
-    """A small DETR of ours and of transformers' with the same weights."""
-    config = hf.DetrConfig(
-        backbone="resnet26",
-        num_labels=11,
-        num_queries=12,
-        d_model=64,
-        encoder_attention_heads=8,
-        decoder_attention_heads=8,
-        encoder_ffn_dim=96,
-        decoder_ffn_dim=96,
-        encoder_layers=2,
-        decoder_layers=2,
-        dropout=0.0,
-        dilation=dilated,
-    )
-    cls = hf.DetrForSegmentation if masks else hf.DetrForObjectDetection
-    theirs = awake(cls(config)).eval()
-    ours = small(masks=masks, dilated=dilated)
-    assert load_weights(ours, theirs.state_dict()) == "transformers"
-    return ours, theirs
-
-
-def batch(padded: bool):
-    """Two images, the second smaller where padded, and the mask."""
-    images = torch.randn(2, 3, 96, 160)
-    if not padded:
-        return images, None
-    mask = torch.zeros(2, 96, 160, dtype=torch.bool)
-    mask[1, 70:] = mask[1, :, 90:] = True
-    return images.masked_fill(mask[:, None], 0.0), mask
-
-
-def targets(masks=False):
-    found = []
-    for n in (3, 0):
-        centre, size = torch.rand(n, 2) * 0.4 + 0.3, torch.rand(n, 2) * 0.3 + 0.1
-        target = {"labels": torch.randint(0, 11, (n,)), "boxes": torch.cat([centre, size], 1)}
-        if masks:
-            target["masks"] = torch.rand(n, 40 + n, 64 - n) > 0.5
-        found.append(target)
-    return found
-
-
-def theirs_of(target):
-    return {"class_labels" if k == "labels" else k: v for k, v in target.items()}
-
-
-def pixel_mask(mask):
-    return None if mask is None else (~mask).long()
 
 
 @pytest.mark.parametrize(("name", "count"), PARAMETERS.items())
@@ -171,149 +86,6 @@ def test_padding_is_left_out():
         far[1, :, 32:] = True
         away = torch.where(mask[:, None] & (torch.arange(160) > 140), noise, images)
         assert same_bits(model(away, far).logits[0], model(images, far).logits[0])
-
-
-@pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
-def test_loss_and_gradients(hf, padded):
-    ours, theirs = (model.train() for model in pair(hf))
-    images, mask = batch(padded)
-    wanted = targets()
-    exact = copy.deepcopy(theirs).double()
-
-    def their_loss(model, dtype):
-        labels = [
-            {k: v.to(dtype) if v.is_floating_point() else v for k, v in theirs_of(t).items()}
-            for t in wanted
-        ]
-        torch.set_default_dtype(dtype)  # their loss makes a tensor of class weights in it
-        loss = model(images.to(dtype), pixel_mask(mask), labels=labels).loss
-        torch.set_default_dtype(torch.float32)
-        loss.backward()
-        grads = {k: p.grad for k, p in model.named_parameters() if p.grad is not None}
-        return loss.detach(), keys.own_keys("transformers", grads)
-
-    torchs, torchs_grads = their_loss(theirs, torch.float32)
-    exact_loss, exact_grads = their_loss(exact, torch.float64)
-    prediction = ours(images, mask)
-    assert len(prediction.auxiliary) == 1
-    loss = set_loss(prediction._replace(auxiliary=()), wanted)["loss"]
-    loss.backward()
-    accurate(loss.detach(), torchs, exact_loss, "loss")
-    grads = {k: p.grad for k, p in ours.named_parameters() if p.grad is not None}
-    assert set(grads) == set(torchs_grads)
-    scale = max(g.square().mean().sqrt().item() for g in exact_grads.values())
-    for name, grad in grads.items():
-        accurate(grad, torchs_grads[name], exact_grads[name], name, factor=3, scale=scale)
-
-
-def random_prediction(masks=False, layers=1):
-    def layer():
-        boxes = torch.cat([torch.rand(2, 12, 2), torch.rand(2, 12, 2) * 0.5 + 0.01], -1)
-        return torch.randn(2, 12, 12, requires_grad=True), boxes.requires_grad_()
-
-    shown = torch.randn(2, 12, 24, 40, requires_grad=True) if masks else None
-    *auxiliary, last = (Prediction(*layer()) for _ in range(layers))
-    return last._replace(auxiliary=tuple(auxiliary), masks=shown)
-
-
-NAMES = {"classes": "loss_ce", "l1": "loss_bbox", "giou": "loss_giou"}
-NAMES |= {"mask": "loss_mask", "dice": "loss_dice"}
-
-
-@pytest.mark.parametrize("masks", [False, True], ids=["boxes", "masks"])
-def test_every_part_of_the_loss_and_of_its_auxiliary_layers(hf, masks):
-    from transformers.loss.loss_for_object_detection import (
-        ForObjectDetectionLoss,
-        ForSegmentationLoss,
-    )
-
-    config = hf.DetrConfig(num_labels=11, decoder_layers=3, auxiliary_loss=True)
-    prediction, wanted = random_prediction(masks, layers=3), targets(masks)
-    stack = (*prediction.auxiliary, prediction)
-    outputs = (torch.stack([p.logits for p in stack]), torch.stack([p.boxes for p in stack]))
-    labels = [theirs_of(t) for t in wanted]
-    shown = (prediction.masks,) if masks else ()
-    theirs = ForSegmentationLoss if masks else ForObjectDetectionLoss
-    total, parts, _ = theirs(
-        prediction.logits, labels, "cpu", prediction.boxes, *shown, config, *outputs
-    )
-    ours = set_loss(prediction, wanted)
-    torch.testing.assert_close(ours["loss"], total)
-    for name, value in ours.items():
-        if name != "loss":
-            stem, _, layer = name.partition("_")
-            torch.testing.assert_close(value, parts[NAMES[stem] + (layer and f"_{layer}")])
-    leaves = [t for p in stack for t in (p.logits, p.boxes)] + list(shown)
-    mine = torch.autograd.grad(ours["loss"], leaves)
-    for got, expected in zip(mine, torch.autograd.grad(total, leaves), strict=True):
-        torch.testing.assert_close(got, expected)
-
-
-def test_no_objects_and_broken_predictions_still_give_a_loss():
-    empty = [{"labels": torch.zeros(0, dtype=torch.int64), "boxes": torch.zeros(0, 4)}] * 2
-    loss = set_loss(random_prediction(), empty)
-    assert loss["l1"] == 0
-    assert loss["loss"] == loss["classes"] > 0
-    prediction = random_prediction()
-    boxes = prediction.boxes.detach().clone()
-    boxes[0, 3] = torch.nan
-    pairs = detr.match(prediction._replace(boxes=boxes), targets(), Weights())
-    assert 3 not in pairs[0][0]
-
-
-def test_what_does_not_fit_the_loss():
-    prediction, (first, second) = random_prediction(), targets()
-    with pytest.raises(ValueError, match="2 images need 2 targets, got 1"):
-        set_loss(prediction, [first])
-    with pytest.raises(ValueError, match=r"boxes of image 0 must be \(3, 4\), got \(2, 4\)"):
-        set_loss(prediction, [first | {"boxes": first["boxes"][:2]}, second])
-    with pytest.raises(ValueError, match="labels of image 0 must be in 0 ... 10"):
-        set_loss(prediction, [first | {"labels": first["labels"] + 11}, second])
-
-
-@pytest.mark.parametrize(
-    ("error", "wrong", "match"),
-    [
-        (
-            TypeError,
-            {"labels": torch.tensor([1.0, 2.0, 3.0])},
-            "labels .* int64, got torch.float32",
-        ),
-        (TypeError, {"labels": torch.tensor([True, False, True])}, "labels .* got torch.bool"),
-        (ValueError, {"labels": torch.tensor([[1], [2], [3]])}, r"labels .* \(n,\), got \(3, 1\)"),
-        (ValueError, {"labels": torch.tensor([1, -1, 3])}, r"0 ... 10, got \[1, -1, 3\]"),
-        (TypeError, {"boxes": torch.ones(3, 4).int()}, "boxes .* floating-point, got torch.int32"),
-        (ValueError, {"boxes": torch.full((3, 4), torch.nan)}, r"must be finite .*, got \[nan"),
-        (ValueError, {"boxes": torch.tensor([[0.5, 0.5, -0.1, 0.1]] * 3)}, "width, height"),
-        (ValueError, {"boxes": torch.tensor([[320.0, 240.0, 50.0, 50.0]] * 3)}, "fractions"),
-        (ValueError, {"masks": torch.zeros(3, 8)}, r"masks .* \(3, H, W\), got \(3, 8\)"),
-    ],
-    ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
-)
-def test_wrong_targets_are_refused_by_name(error, wrong, match):
-    first, second = targets(masks=True)
-    prediction = random_prediction(masks=True)
-    with pytest.raises(error, match=match):
-        set_loss(prediction, [first | wrong, second])
-    with pytest.raises(ValueError, match="image 1 has no boxes"):
-        set_loss(prediction, [first, {"labels": second["labels"]}])
-
-
-def test_it_trains():
-    torch.manual_seed(0)
-    model = small(1, drop_rate=0.1, layers=(1, 2)).train()
-    images, mask = batch(padded=True)
-    images, mask = images[..., :96], mask[..., :96]
-    wanted = targets()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    losses = []
-    for _ in range(8):
-        optimizer.zero_grad()
-        loss = set_loss(model(images, mask), wanted)["loss"]
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < 0.8 * losses[0]
 
 
 def official_names(state):

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from check import same_bits
+from parity import reasons
 from test_optimize import NAMES, assert_close, build, image, run
 from torch import nn
 
@@ -59,9 +60,9 @@ def test_hooked_before_is_left_alone_with_a_reason(timm):
     model = build(timm, "vit")
     model.blocks[0].attn.qkv.register_forward_hook(lambda *_: None)
     optimize(model)
-    reasons = {layer.fqn: layer.reason for layer in report(model).layers}
-    assert "blocks.0.attn.qkv is hooked" in reasons["blocks.0"]
-    assert reasons["blocks.1"] is None
+    why = reasons(model)
+    assert "blocks.0.attn.qkv is hooked" in why["blocks.0"]
+    assert why["blocks.1"] is None
 
 
 def test_replaced_child_is_used(timm):
@@ -93,9 +94,9 @@ def test_subclass_is_left_alone(timm):
     before = run(model, x)
     optimize(model)
     torch.testing.assert_close(run(model, x), before, rtol=1e-4, atol=1e-5)
-    reasons = {layer.fqn: layer.reason for layer in report(model).layers}
-    assert "a subclass of timm.layers.mlp:Mlp" in reasons["blocks.0.mlp"]
-    assert reasons["blocks.0"] == "mlp is Halved, not Mlp"
+    why = reasons(model)
+    assert "a subclass of timm.layers.mlp:Mlp" in why["blocks.0.mlp"]
+    assert why["blocks.0"] == "mlp is Halved, not Mlp"
 
 
 def test_parametrized_and_overridden_layers_are_left_alone(timm):
@@ -107,9 +108,9 @@ def test_parametrized_and_overridden_layers_are_left_alone(timm):
     before = run(model, x)
     optimize(model)
     torch.testing.assert_close(run(model, x), before, rtol=1e-4, atol=1e-5)
-    reasons = {layer.fqn: layer.reason for layer in report(model).layers}
-    assert "ParametrizedLinear" in reasons["blocks.0.attn"]
-    assert "overridden" in reasons["blocks.1.mlp"]
+    why = reasons(model)
+    assert "ParametrizedLinear" in why["blocks.0.attn"]
+    assert "overridden" in why["blocks.1.mlp"]
 
 
 def test_parametrized_after_optimize(timm):
@@ -213,9 +214,9 @@ def test_attention_mask_goes_to_the_original(timm):
 def test_train_mode_leaves_attention_dropout_alone(timm):
     model = build(timm, "vit", attn_drop_rate=0.1)
     optimize(model, mode="train")
-    reasons = {layer.fqn: layer.reason for layer in report(model).layers}
-    assert reasons["blocks.0.attn"] == "attention dropout 0.1 in training"
-    assert reasons["blocks.0.mlp"] is None
+    why = reasons(model)
+    assert why["blocks.0.attn"] == "attention dropout 0.1 in training"
+    assert why["blocks.0.mlp"] is None
 
 
 def test_a_module_used_twice(timm):

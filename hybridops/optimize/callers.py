@@ -20,9 +20,8 @@ from torch import nn
 
 from .fast import original_class
 
-Site = tuple[
-    str, str, int
-]  # a function: module, name and first line, which copies and pickles keep
+# A function, as copies and pickles of a model know it: its module, its name, its first line
+Site = tuple[str, str, int]
 Holder = tuple[nn.Module, str]  # a module and the name under which it holds another
 
 _BETWEEN = ("torch.", "hybridops.")  # what stands between a caller and the forward: hooks, tracers

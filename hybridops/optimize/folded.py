@@ -225,8 +225,7 @@ class FastFoldedSequential(Shaped):
     def forward(self, input):
         plan = self._hybridops_plan
         # a graph is given the layers as they are, which its compiler folds or fuses in its own way
-        traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
-        served = not traced and not backend.reference_forced() and type(input) is Tensor
+        served = not (backend.is_captured() or backend.reference_forced()) and type(input) is Tensor
         steps = plan.derived(self, input) if served and not plan.records() else None
         if steps is None:
             return self.replaces.forward(self, input)

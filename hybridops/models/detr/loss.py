@@ -172,17 +172,14 @@ def _check(prediction, targets):
     if len(targets) != B:
         raise ValueError(f"set_loss: {B} images need {B} targets, got {len(targets)}")
     for i, target in enumerate(targets):
-        for key in (
-            ("labels", "boxes") if prediction.masks is None else ("labels", "boxes", "masks")
-        ):
+        for key in ["labels", "boxes", "masks"][: 2 if prediction.masks is None else 3]:
             if key not in target:
                 raise ValueError(f"set_loss: the target of image {i} has no {key}")
         _check_labels(i, target["labels"], classes)
-        _check_boxes(i, target["boxes"], n := len(target["labels"]))
-        if prediction.masks is not None and (
-            target["masks"].ndim != 3 or len(target["masks"]) != n
-        ):
-            shape = tuple(target["masks"].shape)
+        n = len(target["labels"])
+        _check_boxes(i, target["boxes"], n)
+        shape = tuple(target["masks"].shape) if prediction.masks is not None else (n, 1, 1)
+        if len(shape) != 3 or shape[0] != n:
             raise ValueError(f"set_loss: masks of image {i} must be ({n}, H, W), got {shape}")
 
 
