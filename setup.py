@@ -4,7 +4,7 @@ What is built, into hybridops/:
     _cpu_avx2.so, _cpu_avx512.so   csrc/simd/*.cpp once per ISA, plus csrc/cpu/*.cpp compiled once;
                                    LibTorch stable ABI: no Python symbols, any torch from 2.11 on
     _cuda.so                       csrc/cuda/*.cu by nvcc, the same ABI; loads beside a CPU torch
-    _host.<python tag>.so          csrc/host/probe.cpp, pybind11; everything works without it
+    _host.<python tag>.so          csrc/host, pybind11; everything works without it
     _build_info.json               what was built or why not; `python -m hybridops doctor` reads it
 
 Without torch, a compiler or ninja, or when a compile fails, the package installs as pure Python.
@@ -193,8 +193,8 @@ def ninja_file(
         python = sysconfig.get_paths()["include"]
         flags = f"{common} {system(pybind11)} {system(python)}"
         # Python's own symbols come from the interpreter, so they stay undefined here.
-        (host,) = compile([ROOT / "csrc/host/probe.cpp"], "host", flags)
-        lines.append(f"build {HOST}: link {host}\n  libs =")
+        host = compile(sorted((ROOT / "csrc/host").glob("*.cpp")), "host", flags)
+        lines.append(f"build {HOST}: link {' '.join(host)}\n  libs =")
     return "\n".join(lines) + "\n"
 
 

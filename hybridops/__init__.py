@@ -2,7 +2,7 @@
 
 from . import backend, bench, compat, models, nn, ops
 from .backend import BackendUnavailable, use
-from .optimize import NothingToOptimize, explain, optimize, report, restore, verify
+from .optimize import NothingToOptimize, explain, optimize, refresh, report, restore, verify
 
 __version__ = "0.1.0"
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "nn",
     "ops",
     "optimize",
+    "refresh",
     "report",
     "restore",
     "use",

@@ -1,9 +1,13 @@
 """Layers one behind the other in one dispatch: as right as the layers called one by one."""
 
+import copy
+import gc
+
 import pytest
 import torch
 from check import accurate
 from test_ops_layer import in_float64, needs_library, weights
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import hybridops as ho
 from hybridops import backend
@@ -81,9 +85,11 @@ def test_as_right_as_torch(dtype, B):
 
 @needs_library
 def test_is_one_dispatch():
-    make = levit_like(torch.float32)
+    chain = levit_like(torch.float32)(same, same)
+    with torch.inference_mode():
+        chain(torch.randn(2, 35, 37))  # plans
     with torch.inference_mode(), torch.profiler.profile() as seen:
-        make(same, same)(torch.randn(2, 35, 37))
+        chain(torch.randn(2, 35, 37))
     names = [event.key for event in seen.key_averages() if event.key.startswith("hybridops::")]
     assert names == ["hybridops::chain"]
 
@@ -127,10 +133,9 @@ def test_tokens_that_do_not_fit_their_grid(N):
     ],
 )
 def test_too_few_operands_are_refused(codes, tensors, ints, floats):
-    x = torch.randn(1, 4, 4)
-    call = torch.ops.hybridops.chain
+    plan = torch.ops.hybridops.chain_plan
     with pytest.raises(RuntimeError, match="chain|layer|fit"):
-        call(x, codes, [torch.randn(12, 4)] * tensors, [1] * ints, [1.0] * floats)
+        plan(codes, [torch.randn(12, 4)] * tensors, [1] * ints, [1.0] * floats)
 
 
 @needs_library
@@ -138,13 +143,53 @@ def test_too_few_operands_are_refused(codes, tensors, ints, floats):
 def test_opcheck(dtype):
     chain = levit_like(dtype)(same, same)
     x = torch.randn(2, 35, 37).to(dtype)
-    arguments = (x, chain._codes, chain._tensors, chain._ints, chain._floats)
     with torch.no_grad():
-        torch.library.opcheck(
-            torch.ops.hybridops.chain.default,
-            arguments,
-            test_utils=("test_schema", "test_faketensor"),
-        )
+        chain(x)
+        op, arguments = torch.ops.hybridops.chain.default, (x, chain._plan.number)
+        torch.library.opcheck(op, arguments, test_utils=("test_schema",))
+
+
+@needs_library
+def test_fake_tensors_take_single_layers():
+    chain = levit_like(torch.float32)(same, same)
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake, torch.no_grad():
+        assert chain(fake.from_tensor(torch.randn(2, 35, 37))).shape == (2, 12, 24)
+    assert chain._plan is None
+
+
+@needs_library
+def test_a_plan_goes_with_its_chain():
+    chain, x = levit_like(torch.float32)(same, same), torch.randn(1, 35, 37)
+    with torch.inference_mode():
+        chain(x)
+        number = chain._plan.number
+        torch.ops.hybridops.chain(x, number)
+        copied = copy.deepcopy(chain)
+        assert copied._plan is None
+        assert torch.equal(copied(x), chain(x))
+        assert copied._plan.number != number
+        del chain
+        gc.collect()
+        with pytest.raises(RuntimeError, match="no such plan"):
+            torch.ops.hybridops.chain(x, number)
+        for unknown in (-1, 0, 2**63 - 1):
+            with pytest.raises(RuntimeError, match="no such plan"):
+                torch.ops.hybridops.chain(x, unknown)
+
+
+@needs_library
+def test_a_plan_keeps_the_numbers_it_was_made_of():
+    """Parameters that get other data leave it with the old, not with freed memory."""
+    shift = torch.nn.Parameter(torch.randn(37))
+    up, down = weights(48, 37, torch.float32), weights(37, 48, torch.float32)
+    norm = (torch.ones(37), shift, 1e-5)
+    chain = Chain([mlp_step(up, down, activation="gelu", norm=norm)])
+    x = torch.randn(1, 35, 37)
+    with torch.inference_mode():
+        before = chain(x)
+        shift.data = torch.full((37,), 7.0)
+        gc.collect()
+        assert torch.equal(chain(x), before)
 
 
 HUGE = [2**40, 2**61, 2**62, 2**63 - 1]
@@ -159,17 +204,17 @@ BAD = [
 @pytest.mark.parametrize(("heads", "key_dim", "stride"), BAD)
 def test_hostile_integers_are_refused_by_the_kernel(heads, key_dim, stride):
     """Products of them overflow: 4 * 2**62 is 0, which a weight without rows would fit."""
-    x, kv, q, out = torch.randn(1, 35, 16), *(torch.randn(n, 16) for n in (48, 8, 16))
-    call, bias = torch.ops.hybridops.chain, torch.zeros(1, 1, 12, 35)
+    kv, q, out = (torch.randn(n, 16) for n in (48, 8, 16))
+    plan, bias = torch.ops.hybridops.chain_plan, torch.zeros(1, 1, 12, 35)
     for queries, width in ((q, 40), (q[:0], 48)):  # values: 48 rows less heads * key_dim
         mixed = torch.randn(16, width)
         tensors = [kv, None, None, queries, None, None, bias, mixed, None, None]
         with pytest.raises(RuntimeError, match="chain|layer"):
-            call(x, [2], tensors, [heads, key_dim, 5, 7, stride, 0], [1.0])
+            plan([2], tensors, [heads, key_dim, 5, 7, stride, 0], [1.0])
     if stride == 2:
         tensors = [None, None, kv, None, None, None, out, None, None]
         with pytest.raises(RuntimeError, match="layer"):
-            call(x, [0], tensors, [heads, key_dim, 0, 0, 0], [0.0, 1.0])
+            plan([0], tensors, [heads, key_dim, 0, 0, 0], [0.0, 1.0])
 
 
 @pytest.mark.parametrize("wrong", [{"heads": 0}, {"key_dim": 2**62}, {"stride": -1}])

@@ -64,9 +64,41 @@ inline const void* offset(const void* data, simd::Type type, int64_t elements) {
   return (const char*)data + elements * size_of(type);
 }
 
+// Memory for what a kernel reads in another form: 64-byte aligned, uninitialised.
+class Room {
+ public:
+  virtual float* take(int64_t floats) = 0;
+
+ protected:
+  ~Room() = default;
+  struct Free {
+    void operator()(float* p) const { std::free(p); }
+  };
+  using Block = std::unique_ptr<float, Free>;
+  static Block block(size_t floats) {
+    auto* data = (float*)std::aligned_alloc(64, (floats * sizeof(float) + 63) / 64 * 64);
+    STD_TORCH_CHECK(data != nullptr, "hybridops: out of memory for scratch");
+    return Block(data);
+  }
+  static constexpr size_t kSlack =
+      31;  // rounding, and a vector's worth of slack behind every array
+};
+
+// Room that lasts as long as its owner.
+class Kept final : public Room {
+ public:
+  float* take(int64_t floats) override {
+    blocks_.push_back(block((size_t)std::max<int64_t>(floats, 1) + kSlack));
+    return blocks_.back().get();
+  }
+
+ private:
+  std::vector<Block> blocks_;
+};
+
 // Per-thread scratch for the length of a scope. Blocks stay with the thread: fresh pages cost more
 // than the arithmetic.
-class Scratch {
+class Scratch final : public Room {
  public:
   Scratch() : block_(state().block), used_(state().used) {}
   ~Scratch() {
@@ -76,7 +108,7 @@ class Scratch {
     if (block_ == 0 && used_ == 0 &&
         s.blocks.size() > 1) {  // outermost: one block that would have held all of it
       size_t total = 0;
-      for (const Block& b : s.blocks) total += b.floats;
+      for (const Piece& b : s.blocks) total += b.floats;
       s.blocks.clear();
       s.add(total);
     }
@@ -84,8 +116,8 @@ class Scratch {
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
 
-  // 64-byte aligned, uninitialised, valid until the scope ends.
-  float* take(int64_t floats) {
+  // Valid until the scope ends.
+  float* take(int64_t floats) override {
     State& s = state();
     const size_t n = ((size_t)std::max<int64_t>(floats, 1) + kSlack) / 16 * 16;
     while (s.block < s.blocks.size() && s.used + n > s.blocks[s.block].floats)
@@ -97,23 +129,16 @@ class Scratch {
   }
 
  private:
-  static constexpr size_t kSlack =
-      31;  // rounding, and a vector's worth of slack behind every array
-  struct Free {
-    void operator()(float* p) const { std::free(p); }
-  };
-  struct Block {
-    std::unique_ptr<float, Free> data;
+  struct Piece {
+    Block data;
     size_t floats;
   };
   struct State {
-    std::vector<Block> blocks;
+    std::vector<Piece> blocks;
     size_t block = 0, used = 0;
     void add(size_t floats) {
       floats = std::max<size_t>(floats, 1 << 14);
-      auto* data = (float*)std::aligned_alloc(64, (floats * sizeof(float) + 63) / 64 * 64);
-      STD_TORCH_CHECK(data != nullptr, "hybridops: out of memory for scratch");
-      blocks.push_back({std::unique_ptr<float, Free>(data), floats});
+      blocks.push_back({Room::block(floats), floats});
     }
   };
   static State& state() {
@@ -124,12 +149,12 @@ class Scratch {
 };
 
 // A small vector (bias, norm weight) as fp32.
-inline const float* floats(Scratch& scratch, const std::optional<Tensor>& x) {
+inline const float* floats(Room& room, const std::optional<Tensor>& x) {
   if (!x.has_value()) return nullptr;
   const int64_t n = x->numel(), stride = x->dim() ? x->stride(x->dim() - 1) : 1;
   if (type_of(*x) == simd::Type::kFloat && (stride == 1 || n <= 1))
     return (const float*)x->const_data_ptr();
-  float* y = scratch.take(n);
+  float* y = room.take(n);
   if (stride == 1)
     simd::to_float(x->const_data_ptr(), type_of(*x), n, 1, n, y, n);
   else
@@ -138,12 +163,12 @@ inline const float* floats(Scratch& scratch, const std::optional<Tensor>& x) {
 }
 
 // The same for a vector that must have n numbers of a type.
-inline const float* vector_of(Scratch& scratch, const std::optional<Tensor>& x, int64_t n,
+inline const float* vector_of(Room& room, const std::optional<Tensor>& x, int64_t n,
                               simd::Type type) {
   if (!x.has_value()) return nullptr;
   STD_TORCH_CHECK(x->is_cpu() && x->dim() == 1 && x->size(0) == n && type_of(*x) == type,
                   "hybridops: a bias or norm vector does not fit");
-  return floats(scratch, x);
+  return floats(room, x);
 }
 
 // A tensor (..., n) as rows that lie a constant stride apart; copied only where its strides do not

@@ -22,9 +22,9 @@ void pack_into(float* packed, const void* weight, Type type, int64_t stride_n, i
 
 }  // namespace
 
-const float* pack_weight(Scratch& scratch, const void* weight, Type type, int64_t stride_n,
+const float* pack_weight(Room& room, const void* weight, Type type, int64_t stride_n,
                          int64_t stride_k, int64_t N, const Depth& K) {
-  float* packed = scratch.take(simd::packed_floats(N, K));
+  float* packed = room.take(simd::packed_floats(N, K));
   pack_into(packed, weight, type, stride_n, stride_k, N, K);
   return packed;
 }
@@ -175,15 +175,14 @@ void product_parallel(const Rows& rows, int64_t M, const float* packed, int64_t 
             });
 }
 
-const float* panels_of(Scratch& scratch, const Tensor& weight,
-                       const std::optional<Tensor>& packed) {
+const float* panels_of(Room& room, const Tensor& weight, const std::optional<Tensor>& packed) {
   STD_TORCH_CHECK(weight.dim() == 2 && weight.is_cpu(),
                   "linear: weight must be a matrix on the CPU");
   const Type type = type_of(weight);
   const Depth K{product_type(type), weight.size(1)};
   if (packed.has_value())
     return check_packed(*packed, weight.size(0), K, "linear: packed is not pack_linear(weight)");
-  return pack_weight(scratch, weight.const_data_ptr(), type, weight.stride(0), weight.stride(1),
+  return pack_weight(room, weight.const_data_ptr(), type, weight.stride(0), weight.stride(1),
                      weight.size(0), K);
 }
 

@@ -10,7 +10,7 @@ namespace hybridops {
 using simd::Output;
 
 // weight (N, K) with any strides, in panels; in parallel.
-const float* pack_weight(Scratch& scratch, const void* weight, simd::Type type, int64_t stride_n,
+const float* pack_weight(Room& room, const void* weight, simd::Type type, int64_t stride_n,
                          int64_t stride_k, int64_t N, const simd::Depth& K);
 
 // The numbers of `packed`, which must have been made for this size; `refusal` says so.
@@ -30,7 +30,7 @@ struct LinearWeights {
   const float *norm_weight = nullptr, *norm_bias = nullptr;
   float eps = 0.0f;
   const LinearWeights* then = nullptr;  // those of the next product, to be fetched ahead
-  int64_t K = 0;                        // needed of `then` alone
+  int64_t K = 0;                        // a layer's: of `then`, and where x is checked
 
   void check_norm() const {
     STD_TORCH_CHECK(norm_weight ? std::isfinite(eps) && eps >= 0 : !norm_bias,
@@ -45,8 +45,8 @@ void linear_rows(const RowView& x, const LinearWeights& weights, const Output& o
 void linear_pair(const RowView& x, const LinearWeights& up, int64_t activation,
                  const LinearWeights& down, const Output& output);
 
-// The panels of a weight (N, K): `packed` if it is given and fits, else packed into scratch.
-const float* panels_of(Scratch& scratch, const Tensor& weight, const std::optional<Tensor>& packed);
+// The panels of a weight (N, K): `packed` if it is given and fits, else packed into `room`.
+const float* panels_of(Room& room, const Tensor& weight, const std::optional<Tensor>& packed);
 
 // dweight (N, K) = dz.T @ x and dbias (N) = sum of dz, where chunk(first, rows, buffer) gives rows
 // [first, first + rows) of x, K numbers each: in fp32 in `buffer`, or wherever they already lie.

@@ -1,5 +1,6 @@
 // hybridops._host: what this CPU can do, and how fast it does it; the roof of every benchmark row.
-// Never on the path of an op. The threads are its own, so that no pool's habits are measured.
+// Nothing of it is on the path of an op (watch.cpp is on a model's). The threads are its own, so
+// that no pool's habits are measured.
 #include <cpuid.h>
 #include <immintrin.h>
 #include <pybind11/pybind11.h>
@@ -21,6 +22,8 @@
 #include <string>
 #include <thread>
 #include <vector>
+
+#include "watch.h"
 
 namespace py = pybind11;
 
@@ -498,4 +501,5 @@ PYBIND11_MODULE(_host, m) {
         "same with stores past the caches, for DRAM. Bytes are those that the loop loads and "
         "stores;\n"
         "a line fetched because it is written, or written back later, does not count.");
+  register_watch(m);
 }

@@ -32,9 +32,11 @@ def measure_memory(task: Task, rows: list[Row], progress=lambda share, text: Non
         if row.median_ms is None:
             continue
         progress(1.0, f"peak memory of {row.candidate}")
+        size, *how = row.case.split()
         spec = {
             **{k: getattr(row, k) for k in ("name", "dtype", "mode", "batch", "threads")},
-            "size": row.case,
+            "size": size,
+            "freeze": how == ["frozen"],
             "candidate": None if row.ours else row.candidate,
         }
         row.peak_mb = _ask(spec)
@@ -74,6 +76,7 @@ def child() -> None:
             dtype=spec["dtype"],
             mode=spec["mode"],
             threads=spec["threads"],
+            freeze=spec["freeze"],
         )
         del model
         task.set_inputs(0)

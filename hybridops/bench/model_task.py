@@ -111,10 +111,11 @@ def model_task(
     seed: int = 0,
     device: str = "cpu",
     graph: bool = False,
+    freeze: bool = False,
 ) -> Task:
     """The task of running `model`, which stays as it is, on `batch` images of that size.
 
-    device: where the model is. graph: ours replays a CUDA graph.
+    device: where the model is. graph: ours replays a CUDA graph. freeze: as for optimize().
     """
     native = type(model).__module__.startswith("hybridops.")
     height, width = _sides(size)
@@ -125,14 +126,17 @@ def model_task(
         return [torch.randn(batch, 3, height, width, generator=generator).to(device)]
 
     def ours(task: Task) -> Candidate:
-        return captured(task, optimized(task)) if graph else through(task, "auto")
+        if graph:
+            return captured(task, optimized(task, freeze=freeze))
+        return through(task, "auto", freeze)
 
     repro = f"hybridops bench model {name} --batch {batch} --size {written(size)} --dtype {dtype}"
     repro += " --device cuda" * (device == "cuda") + " --graph" * graph
+    repro += " --freeze" * freeze
     return Task(
         kind="model",
         name=name,
-        case=written(size),
+        case=written(size) + " frozen" * freeze,
         dtype=dtype,
         mode=mode,
         threads=threads,
@@ -146,22 +150,24 @@ def model_task(
     )
 
 
-def optimized(task: Task, backend: str = "auto") -> nn.Module:
+def optimized(task: Task, backend: str = "auto", *, freeze: bool = False) -> nn.Module:
     """An optimized copy of the task's model, in the task's dtype and mode."""
     twin = task.cast_module()
     mode = "train" if task.mode == "train" else "inference"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # built of our modules: nothing to replace is no news
-        return optimize(twin.train(mode == "train"), mode, backend=backend, strict=False)
+        twin.train(mode == "train")
+        return optimize(twin, mode, freeze=freeze, backend=backend, strict=False)
 
 
-def through(task: Task, backend: str) -> Candidate:
+def through(task: Task, backend: str, freeze: bool = False) -> Candidate:
     """Ours with one backend forced, or with "auto" through those that the table chooses."""
     skip_unless_there(backend)
     if backend != "auto":
         world = partial(backends.use, backend)
         return task.candidate("hybridops", optimized(task), backend, world=world)
-    candidate = task.candidate("hybridops", optimized(task), "cpu")
+    ran = "cpu, frozen" if freeze else "cpu"
+    candidate = task.candidate("hybridops", optimized(task, freeze=freeze), ran)
     return naming_what_ran(candidate) if task.on_gpu else candidate
 
 

@@ -24,9 +24,10 @@ VERDICTS = ("OK", "FAST", "SAME", "SLOW", "AMBIGUOUS", *WRONG, "SKIPPED")
 
 
 def in_pixels(case: str, times: str = "x") -> str:
-    """The image size of a model's row, whose case is "224" or "800x1066", height first."""
-    height, _, width = case.partition("x")
-    return f"{height}{times}{width or height}"
+    """The image size of a model's row, whose case is "224", "800x1066" or "224 frozen"."""
+    size, *how = case.split()
+    height, _, width = size.partition("x")
+    return " ".join([f"{height}{times}{width or height}", *how])
 
 
 class BadResult(ValueError):

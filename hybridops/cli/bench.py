@@ -89,6 +89,7 @@ def _model(arguments: argparse.Namespace) -> int:
             seed=arguments.seed,
             device=arguments.device,
             graph=arguments.graph,
+            freeze=arguments.freeze,
             rehearsal=arguments.dry_run,
         )
     ]
@@ -292,6 +293,7 @@ def add_arguments(bench: argparse.ArgumentParser) -> None:
     )
     model.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     model.add_argument("--graph", action="store_true", help="ours as a CUDA graph")
+    model.add_argument("--freeze", action="store_true", help="ours as a snapshot: optimize(freeze)")
     _dry_run(model)
     _common(model, "eager, compile")
 

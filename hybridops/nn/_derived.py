@@ -45,6 +45,7 @@ class _Entry(NamedTuple):
     aliases: tuple[Tensor, ...]
     pointers: tuple[int, ...]
     shapes: tuple[torch.Size, ...]
+    strides: tuple[tuple[int, ...], ...]
     readable: bool  # whether gradients could be recorded when it was made: packed_weights()
     value: Any
 
@@ -52,6 +53,24 @@ class _Entry(NamedTuple):
 def clear(module: nn.Module) -> None:
     """Forget what was derived for this module."""
     module.__dict__.pop(_KEY, None)
+
+
+def kept(module: nn.Module, name: Hashable) -> Any:
+    """What was kept for this module under a name, fresh or not, or None."""
+    cache = module.__dict__.get(_KEY)
+    return None if cache is None else cache.get(name)
+
+
+def keep(module: nn.Module, name: Hashable, value: Any) -> None:
+    """Keep a value where derived() keeps its own: copies and pickles leave it behind."""
+    module.__dict__.setdefault(_KEY, _Cache())[name] = value
+
+
+def forget(module: nn.Module, name: Hashable) -> None:
+    """Let go what was kept under a name."""
+    cache = module.__dict__.get(_KEY)
+    if cache is not None:
+        cache.pop(name, None)
 
 
 def derived(
@@ -91,6 +110,7 @@ def derived(
             tuple(t.detach() for t in tensors),
             tuple(map(Tensor.data_ptr, tensors)),
             tuple(map(_shape, tensors)),
+            tuple(map(Tensor.stride, tensors)),
             recording,
             value,
         )
@@ -106,6 +126,7 @@ def _is_fresh(entry: _Entry, sources: Sequence[Tensor | None]) -> bool:
         and tuple(map(_version, tensors)) == entry.versions
         and tuple(map(Tensor.data_ptr, tensors)) == entry.pointers
         and tuple(map(_shape, tensors)) == entry.shapes
+        and tuple(map(Tensor.stride, tensors)) == entry.strides
     )
 
 

@@ -4,8 +4,9 @@
 
 Each layer is one of `ops/layer.py`'s, or LeViT's subsampling attention. At batch 1 a dispatch and
 what Python does around it cost as much as a small product, and a model has dozens of them: a
-`Chain` is made once, of weights that are packed already, and hands all its layers to the kernels
-together. Wherever one dispatch cannot serve, it calls them one by one.
+`Chain` is made once, of weights that are packed already, and has the kernels read and check all of
+its layers once: a call hands over x and the number of that plan. Wherever one dispatch cannot
+serve, it calls the layers one by one.
 """
 
 from __future__ import annotations
@@ -14,20 +15,20 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from functools import partial
 from itertools import chain as joined
-from typing import NamedTuple
+from typing import Any, NamedTuple
+from weakref import finalize
 
 import torch
 from torch import Tensor
 
 from .. import backend
-from ._contract import CODES, LARGEST_PADDING, REFUSALS, check_int, check_one_device, library
+from ._contract import CODES, LARGEST_PADDING, REFUSALS, check_int, library
 from .attention import attention
 from .layer import NO_NORM, REFUSED, Norm, Weights, attention_layer, mlp_layer
 from .linear import linear
 
 # What csrc/cpu/layer.cpp calls the layers, and how many operands each has there
 _ATTENTION, _MLP, _SUBSAMPLE = range(3)
-_OPERANDS = {_ATTENTION: (9, 5), _MLP: (8, 2), _SUBSAMPLE: (10, 6)}  # tensors, ints
 
 
 class Layer(NamedTuple):
@@ -124,22 +125,43 @@ def subsample_step(
     return Layer(call, _SUBSAMPLE, (*kv, *q, bias, *out), ints, (scale,))
 
 
+class _Plan:
+    """A plan of the kernels', which they forget when it goes."""
+
+    def __init__(self, layers: tuple[Layer, ...]) -> None:
+        tensors = joined.from_iterable(layer.tensors for layer in layers)
+        self.number: int = torch.ops.hybridops.chain_plan.default(
+            [layer.code for layer in layers],
+            # aliases, so that what the plan reads stays when a parameter is given other data
+            [None if t is None else t.detach() for t in tensors],
+            list(joined.from_iterable(layer.ints for layer in layers)),
+            list(joined.from_iterable(layer.floats for layer in layers)),
+        )
+        finalize(self, torch.ops.hybridops.chain_forget.default, self.number).atexit = False
+
+
 class Chain:
-    """Layers that run one behind the other: chain(x), x (B, N, C), is one dispatch where it may."""
+    """Layers that run one behind the other: chain(x), x (B, N, C), is one dispatch where it may.
+
+    Its layers' tensors are read when it first runs; for others make another chain.
+    """
+
+    _plan: _Plan | None = None
 
     def __init__(self, layers: Iterable[Layer]) -> None:
         self.layers = tuple(layers)
         if not self.layers:
             raise ValueError("Chain: needs one layer at least")
-        self._codes = [layer.code for layer in self.layers]
-        self._tensors = list(joined.from_iterable(layer.tensors for layer in self.layers))
-        self._ints = list(joined.from_iterable(layer.ints for layer in self.layers))
-        self._floats = list(joined.from_iterable(layer.floats for layer in self.layers))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"layers": self.layers}  # a copy makes a plan of its own
 
     def __call__(self, x: Tensor) -> Tensor:
-        if backend.runs_at_once(x):
+        if type(x) is Tensor and backend.runs_at_once(x):
             with suppress(*REFUSALS), backend.below_autograd():
-                return _chain(x, self._codes, self._tensors, self._ints, self._floats)
+                if self._plan is None:
+                    self._plan = _Plan(self.layers)
+                return _chain(x, self._plan.number)
             backend.fallbacks["chain", REFUSED] += 1
         for layer in self.layers:
             x = layer.call(x)
@@ -147,23 +169,8 @@ class Chain:
 
 
 # contract
-library.define(
-    "chain(Tensor x, int[] layers, Tensor?[] tensors, int[] ints, float[] floats) -> Tensor"
-)
-
-
-@torch.library.register_fake("hybridops::chain", lib=library)
-def _(x, layers, tensors, ints, floats):
-    check_one_device("chain", x, *tensors)
-    sizes = list(x.shape)
-    for code in layers:
-        count, width = _OPERANDS[code]
-        if code == _SUBSAMPLE:
-            H, W, stride = ints[2:5]
-            sizes[1] = -(-H // stride) * -(-W // stride)
-        sizes[-1] = tensors[count - 3].shape[0]  # of the last product's weight
-        tensors, ints = tensors[count:], ints[width:]
-    return x.new_empty(sizes)
-
+library.define("chain_plan(int[] layers, Tensor?[] tensors, int[] ints, float[] floats) -> int")
+library.define("chain(Tensor x, int plan) -> Tensor")
+library.define("chain_forget(int plan) -> int")
 
 _chain = torch.ops.hybridops.chain.default

@@ -4,7 +4,7 @@ from .explain import explain
 from .fast import Fast
 from .report import Report, report
 from .rules import register
-from .swap import NothingToOptimize, optimize, restore
+from .swap import NothingToOptimize, optimize, refresh, restore
 from .verify import Verification, VerificationError, verify
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "VerificationError",
     "explain",
     "optimize",
+    "refresh",
     "register",
     "report",
     "restore",

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from ..ops.chain import Chain, Layer
 from . import rules
-from .fast import Fast, Plan, first
+from .fast import Fast, first
+from .plan import Plan
 
 _apart = False
 

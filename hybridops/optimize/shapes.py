@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .. import backend
-from .fast import PLAN, Fast, Plan, dotted, original_class
+from .fast import Fast, dotted, original_class
 from .gates import randomise_gates
+from .plan import PLAN, Plan
 
 SAME = 1e-9  # of the output's rms: what float64 leaves between two orders of summation
 _ELSEWHERE = {"timm", "torchvision", "transformers", "torch", "hybridops"}  # known by path
