@@ -2,7 +2,7 @@
 #include <map>
 #include <mutex>
 
-#include "layer.h"
+#include "grid_layer.h"
 
 namespace hybridops {
 namespace {
@@ -79,14 +79,44 @@ std::unique_ptr<Layer> next_subsample(Room& room, Operands& from) {
                                      W, stride, activation, from.real());
 }
 
+std::unique_ptr<Layer> next_windows(Room&, Operands& from) {
+  const int64_t H = from.number(), W = from.number(), h = from.number(), w = from.number();
+  return std::make_unique<Windows>(H, W, h, w, from.number());
+}
+
+std::unique_ptr<Layer> next_reduced(Room& room, Operands& from) {
+  const Tensor& norm_weight = from.tensor();
+  const MaybeTensor& norm_bias = from.maybe();
+  const Linear q(from);
+  const Tensor& weight_r = from.tensor();
+  const MaybeTensor& bias_r = from.maybe();
+  const Tensor &packed_r = from.tensor(), &norm_weight_r = from.tensor();
+  const MaybeTensor& norm_bias_r = from.maybe();
+  const Linear kv(from), out(from);
+  const int64_t heads = from.number(), H = from.number(), W = from.number();
+  const bool residual = from.number();
+  const double eps = from.real(), eps_r = from.real();
+  return std::make_unique<Reduced>(room, norm_weight, norm_bias, eps, q.weight, q.bias, q.packed,
+                                   weight_r, bias_r, packed_r, norm_weight_r, norm_bias_r, eps_r,
+                                   kv.weight, kv.bias, kv.packed, out.weight, out.bias, out.packed,
+                                   heads, H, W, from.real(), residual);
+}
+
+std::unique_ptr<Layer> next_positions(Room& room, Operands& from) {
+  const Tensor& weight = from.tensor();
+  const MaybeTensor& bias = from.maybe();
+  const int64_t H = from.number(), W = from.number();
+  return std::make_unique<Positions>(room, weight, bias, H, W);
+}
+
 // Layers one behind the other, and the tensors that their weights lie in.
 class Chain {
  public:
   Chain(const std::vector<int64_t>& layers, std::vector<MaybeTensor> tensors,
         const std::vector<int64_t>& ints, const std::vector<double>& floats)
       : tensors_(std::move(tensors)) {
-    constexpr std::unique_ptr<Layer> (*kLayers[])(Room&, Operands&) = {next_attention, next_mlp,
-                                                                       next_subsample};
+    constexpr std::unique_ptr<Layer> (*kLayers[])(Room&, Operands&) = {
+        next_attention, next_mlp, next_subsample, next_windows, next_reduced, next_positions};
     STD_TORCH_CHECK(!layers.empty(), "chain: no layers");
     Operands operands(tensors_, ints, floats);
     for (int64_t layer : layers) {

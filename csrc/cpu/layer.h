@@ -10,15 +10,18 @@ namespace hybridops {
 
 using MaybeTensor = std::optional<Tensor>;
 
-// A layer with its weights read and checked, so that a call touches no more than what it
-// multiplies.
+// A layer as a call finds it: its operands read and checked, so that it touches no more than what
+// it computes with.
 class Layer {
  public:
   virtual ~Layer() = default;
   virtual Tensor run(const Tensor& x) const = 0;
+};
 
+// Base of those that are made of products; all their weights have one dtype.
+class Weighted : public Layer {
  protected:
-  explicit Layer(const Tensor& weight) : type_(type_of(weight)) {}
+  explicit Weighted(const Tensor& weight) : type_(type_of(weight)) {}
 
   LinearWeights weights(Room& room, const Tensor& weight, const MaybeTensor& bias,
                         const MaybeTensor& packed) const {
@@ -40,6 +43,7 @@ class Layer {
     STD_TORCH_CHECK(rows.n == w.K && rows.type == type_, "layer: x and weight do not fit");
     return rows;
   }
+  simd::Type type() const { return type_; }
 
  private:
   simd::Type type_;
@@ -56,13 +60,14 @@ inline Output output_to(Tensor& y, const RowView& x, bool residual) {
 
 constexpr char kResidual[] = "layer: a residual needs as many channels out as in";
 
-class Mlp final : public Layer {
+class Mlp final : public Weighted {
  public:
   Mlp(Room& room, const MaybeTensor& norm_weight, const MaybeTensor& norm_bias, double eps,
       const Tensor& weight1, const MaybeTensor& bias1, const MaybeTensor& packed1,
       int64_t activation, const Tensor& weight2, const MaybeTensor& bias2,
       const MaybeTensor& packed2, bool residual)
-      : Layer(weight1),
+
+      : Weighted(weight1),
         up_(weights(room, weight1, bias1, packed1)),
         down_(weights(room, weight2, bias2, packed2)),
         activation_(activation),
@@ -74,7 +79,7 @@ class Mlp final : public Layer {
 
   Tensor run(const Tensor& x) const override {
     STD_TORCH_CHECK(x.dim() >= 1, "mlp_layer: x must have at least 1 dimension");
-    const RowView rows = Layer::rows(x, up_);
+    const RowView rows = Weighted::rows(x, up_);
     std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
     sizes.back() = down_.N;
     Tensor y = empty(sizes, x.scalar_type());
@@ -91,14 +96,15 @@ class Mlp final : public Layer {
   bool residual_;
 };
 
-class Attention final : public Layer {
+class Attention final : public Weighted {
  public:
   Attention(Room& room, const MaybeTensor& norm_weight, const MaybeTensor& norm_bias, double eps,
             const Tensor& weight_qkv, const MaybeTensor& bias_qkv, const MaybeTensor& packed_qkv,
             const MaybeTensor& bias, int64_t heads, int64_t key_dim, bool interleaved, double scale,
             int64_t activation, const Tensor& weight_out, const MaybeTensor& bias_out,
             const MaybeTensor& packed_out, bool residual)
-      : Layer(weight_qkv),
+
+      : Weighted(weight_qkv),
         qkv_(weights(room, weight_qkv, bias_qkv, packed_qkv)),
         out_(weights(room, weight_out, bias_out, packed_out)),
         bias_(bias),
@@ -118,7 +124,7 @@ class Attention final : public Layer {
 
   Tensor run(const Tensor& x) const override {
     STD_TORCH_CHECK(x.dim() == 3, "attention_layer: x must have 3 dimensions");
-    const RowView rows = Layer::rows(x, qkv_);
+    const RowView rows = Weighted::rows(x, qkv_);
     const int64_t B = x.size(0), N = x.size(1), H = H_, D = D_, Dv = Dv_;
     Tensor y = empty({B, N, out_.N}, x.scalar_type());
     if (y.numel() == 0) return y;
@@ -154,14 +160,15 @@ class Attention final : public Layer {
 };
 
 // LeViT's: queries from every stride-th token down and across a grid of H x W.
-class Subsample final : public Layer {
+class Subsample final : public Weighted {
  public:
   Subsample(Room& room, const Tensor& weight_kv, const MaybeTensor& bias_kv,
             const MaybeTensor& packed_kv, const Tensor& weight_q, const MaybeTensor& bias_q,
             const MaybeTensor& packed_q, const Tensor& bias, const Tensor& weight_out,
             const MaybeTensor& bias_out, const MaybeTensor& packed_out, int64_t heads, int64_t D,
             int64_t H, int64_t W, int64_t stride, int64_t activation, double scale)
-      : Layer(weight_kv),
+
+      : Weighted(weight_kv),
         kv_(weights(room, weight_kv, bias_kv, packed_kv)),
         q_(weights(room, weight_q, bias_q, packed_q)),
         out_(weights(room, weight_out, bias_out, packed_out)),
@@ -187,7 +194,7 @@ class Subsample final : public Layer {
   Tensor run(const Tensor& x) const override {
     STD_TORCH_CHECK(x.dim() == 3 && x.size(1) == H_ * W_,
                     "chain: the tokens do not fit their grid");
-    const RowView rows = Layer::rows(x, kv_);
+    const RowView rows = Weighted::rows(x, kv_);
     const int64_t B = x.size(0), N = x.size(1), C = rows.n, D = D_, Dv = Dv_;
     const int64_t Nq = divide_up(H_, stride_) * divide_up(W_, stride_);
     Tensor y = empty({B, Nq, out_.N}, x.scalar_type());

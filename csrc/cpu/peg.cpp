@@ -1,18 +1,15 @@
 // hybridops::peg: see hybridops/ops/peg.py for the meaning.
-#include "../simd/peg.h"
+#include "peg.h"
 
 #include <cstring>
 
-#include "common.h"
-
 namespace hybridops {
-namespace {
 
 using simd::Depthwise;
 using simd::Type;
 
-Depthwise geometry(const Tensor& x, const Tensor& weight, int64_t H, int64_t W, int64_t prefix,
-                   int64_t stride, int64_t padding) {
+Depthwise depthwise_of(const Tensor& x, const Tensor& weight, int64_t H, int64_t W, int64_t prefix,
+                       int64_t stride, int64_t padding) {
   const int64_t K = weight.size(3), C = x.size(2);
   STD_TORCH_CHECK(x.dim() == 3 && H > 0 && W > 0 && prefix >= 0 && x.size(1) == prefix + H * W,
                   "peg: x does not fit its grid");
@@ -32,12 +29,11 @@ Depthwise geometry(const Tensor& x, const Tensor& weight, int64_t H, int64_t W, 
           (W + 2 * padding - K) / stride + 1};
 }
 
-// weight (C, 1, K, K) as fp32 taps (K * K, C), so that channels lie side by side.
-const float* taps_of(Scratch& scratch, const Tensor& weight) {
+const float* taps_of(Room& room, const Tensor& weight) {
   const Tensor w = torch::stable::contiguous(weight);
   const int64_t C = w.size(0), KK = w.size(2) * w.size(3);
-  float* rows = scratch.take(KK);
-  float* taps = scratch.take(KK * C);
+  float* rows = room.take(KK);
+  float* taps = room.take(KK * C);
   for (int64_t c = 0; c < C; ++c) {
     simd::to_float(offset(w.const_data_ptr(), type_of(w), c * KK), type_of(w), KK, 1, KK, rows, KK);
     for (int64_t t = 0; t < KK; ++t) taps[t * C + c] = rows[t];
@@ -45,22 +41,16 @@ const float* taps_of(Scratch& scratch, const Tensor& weight) {
   return taps;
 }
 
-Tensor peg(Tensor input, Tensor weight, std::optional<Tensor> bias, int64_t H, int64_t W,
-           int64_t prefix, int64_t stride, int64_t padding, bool residual, int64_t activation,
-           bool gate) {
-  const Depthwise d = geometry(input, weight, H, W, prefix, stride, padding);
-  STD_TORCH_CHECK(!bias.has_value() || bias->numel() == d.C, "peg: bias does not fit x");
-  STD_TORCH_CHECK(!(residual || gate) || (d.Ho == H && d.Wo == W),
+Tensor depthwise(const Tensor& input, const Depthwise& d, const float* taps, const float* shift,
+                 int64_t prefix, bool residual, int64_t activation, bool gate) {
+  STD_TORCH_CHECK(!(residual || gate) || (d.Ho == d.H && d.Wo == d.W),
                   "peg: residual and gate need equal grids");
-  const int64_t B = input.size(0), N = prefix + H * W, No = prefix + d.Ho * d.Wo;
+  const int64_t B = input.size(0), N = prefix + d.H * d.W, No = prefix + d.Ho * d.Wo;
   Tensor output = empty({B, No, d.C}, input.scalar_type());
   if (output.numel() == 0) return output;
   // Images may lie any distance apart (a sliced batch), tokens C apart; anything else is copied.
   const bool rows_fit = (d.C == 1 || input.stride(2) == 1) && (N == 1 || input.stride(1) == d.C);
   const Tensor x = rows_fit ? input : torch::stable::contiguous(input);
-  Scratch scratch;
-  const float* taps = taps_of(scratch, weight);
-  const float* shift = floats(scratch, bias);
   const Type type = type_of(x);
   const void* from = x.const_data_ptr();
   void* to = output.mutable_data_ptr();
@@ -78,10 +68,22 @@ Tensor peg(Tensor input, Tensor weight, std::optional<Tensor> bias, int64_t H, i
   return output;
 }
 
+namespace {
+
+Tensor peg(Tensor x, Tensor weight, std::optional<Tensor> bias, int64_t H, int64_t W,
+           int64_t prefix, int64_t stride, int64_t padding, bool residual, int64_t activation,
+           bool gate) {
+  const Depthwise d = depthwise_of(x, weight, H, W, prefix, stride, padding);
+  STD_TORCH_CHECK(!bias.has_value() || bias->numel() == d.C, "peg: bias does not fit x");
+  Scratch scratch;
+  const float* taps = taps_of(scratch, weight);
+  return depthwise(x, d, taps, floats(scratch, bias), prefix, residual, activation, gate);
+}
+
 std::tuple<Tensor, Tensor, Tensor> peg_backward(Tensor dy, Tensor x, Tensor weight, int64_t H,
                                                 int64_t W, int64_t prefix, int64_t stride,
                                                 int64_t padding, bool residual) {
-  const Depthwise d = geometry(x, weight, H, W, prefix, stride, padding);
+  const Depthwise d = depthwise_of(x, weight, H, W, prefix, stride, padding);
   const int64_t B = x.size(0), N = prefix + H * W, No = prefix + d.Ho * d.Wo, C = d.C,
                 KK = d.K * d.K;
   STD_TORCH_CHECK(dy.numel() == B * No * C && type_of(dy) == type_of(x),

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from enum import IntEnum
 from functools import partial
 from itertools import chain as joined
 from typing import Any, NamedTuple
@@ -27,15 +28,23 @@ from .attention import attention
 from .layer import NO_NORM, REFUSED, Norm, Weights, attention_layer, mlp_layer
 from .linear import linear
 
-# What csrc/cpu/layer.cpp calls the layers, and how many operands each has there
-_ATTENTION, _MLP, _SUBSAMPLE = range(3)
+
+class Step(IntEnum):
+    """What csrc/cpu/chain.cpp calls the layers."""
+
+    ATTENTION = 0
+    MLP = 1
+    SUBSAMPLE = 2
+    WINDOWS = 3
+    REDUCED = 4
+    POSITIONS = 5
 
 
 class Layer(NamedTuple):
-    """One layer of a chain: what it means, and its operands in the order of csrc/cpu/layer.cpp."""
+    """One layer of a chain: what it means, and its operands in the order of csrc/cpu/chain.cpp."""
 
     call: Callable[[Tensor], Tensor]
-    code: int
+    code: Step
     tensors: tuple[Tensor | None, ...]
     ints: tuple[int, ...]
     floats: tuple[float, ...]
@@ -71,7 +80,7 @@ def attention_step(
     gamma, beta, eps = norm or NO_NORM
     ints = (heads, key_dim, int(interleaved), CODES[activation], int(residual))
     factor = key_dim**-0.5 if scale is None else scale
-    return Layer(call, _ATTENTION, (gamma, beta, *qkv, bias, *out), ints, (eps, factor))
+    return Layer(call, Step.ATTENTION, (gamma, beta, *qkv, bias, *out), ints, (eps, factor))
 
 
 def mlp_step(
@@ -86,7 +95,7 @@ def mlp_step(
     call = partial(mlp_layer, up=up, down=down, activation=activation, norm=norm, residual=residual)
     gamma, beta, eps = norm or NO_NORM
     ints = (CODES[activation], int(residual))
-    return Layer(call, _MLP, (gamma, beta, *up, *down), ints, (eps,))
+    return Layer(call, Step.MLP, (gamma, beta, *up, *down), ints, (eps,))
 
 
 def subsample_step(
@@ -122,7 +131,7 @@ def subsample_step(
         return linear(mixed.flatten(2), out.weight, out.bias, packed=out.packed)
 
     ints = (heads, key_dim, *grid, stride, CODES[activation])
-    return Layer(call, _SUBSAMPLE, (*kv, *q, bias, *out), ints, (scale,))
+    return Layer(call, Step.SUBSAMPLE, (*kv, *q, bias, *out), ints, (scale,))
 
 
 class _Plan:

@@ -8,22 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Size = tuple[int, int]
-
-
-def into_windows(x: Tensor, size: Size, window: Size) -> Tensor:
-    """Tokens (B, H*W, C) -> (windows, window tokens, C); H and W are multiples of the window."""
-    B, _, C = x.shape
-    (H, W), (h, w) = size, window
-    x = x.reshape(B, H // h, h, W // w, w, C).transpose(2, 3)
-    return x.reshape(-1, h * w, C)
-
-
-def from_windows(x: Tensor, size: Size, window: Size) -> Tensor:
-    """The inverse of into_windows."""
-    C, (H, W), (h, w) = x.shape[2], size, window
-    x = x.reshape(-1, H // h, W // w, h, w, C).transpose(2, 3)
-    return x.reshape(-1, H * W, C)
+from ..ops.grid_steps import Size, from_windows, into_windows
 
 
 def in_windows(

@@ -1,4 +1,7 @@
-"""timm's Twins: locally grouped and subsampled attention, PEG, patch embeddings."""
+"""timm's Twins: locally grouped and subsampled attention, PEG, patch embeddings.
+
+In inference a stage is two dispatches: its patch embedding, and all of its blocks.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,9 @@ from torch import nn
 
 from ..nn.peg import position_encoding
 from ..ops import mlp_layer, patch_embed
+from ..ops.chain import Chain, attention_step, mlp_step
+from ..ops.grid_steps import positions_step, windows_step
+from .chained import is_apart
 from .fast import (
     Fast,
     activation_name,
@@ -77,6 +83,26 @@ class FastBlock(Fast, Block):
         if not served or not one_dtype(layer.weight for layer in (*norms, attn.proj, mlp.fc1)):
             return None
         return attn.derive(), scaled(mlp.fc1), scaled(mlp.fc2)
+
+    def steps(self, weights, grid):
+        """The block as layers of a chain for tokens of this grid, or None."""
+        attn, (parts, fc1, fc2) = self.attn, weights
+        fused = {"activation": self._hybridops_plan.facts, "norm": norm_of(self.norm2)}
+        mlp = mlp_step(fc1, fc2, residual=True, **fused)
+        if isinstance(attn, FastGlobalSubSampleAttn):
+            mixed = attn.steps(parts, grid, self.norm1)
+            return mixed and [*mixed, mlp]
+        window = (attn.ws, attn.ws)
+        if grid[0] % attn.ws or grid[1] % attn.ws:
+            return None
+        (qkv, _, proj), (heads, key_dim) = parts, attn._hybridops_plan.facts
+        shape = {"heads": heads, "key_dim": key_dim, "scale": attn.score_scale()}
+        return [
+            windows_step(grid, window),
+            attention_step(qkv, proj, norm=norm_of(self.norm1), residual=True, **shape),
+            mlp,
+            windows_step(grid, window, back=True),
+        ]
 
     def _mlp(self, x, fc1, fc2):
         norm, activation = norm_of(self.norm2), self._hybridops_plan.facts
@@ -144,6 +170,35 @@ class FastPatchEmbed(Fast, PatchEmbed):
         return packed_patch(self.proj) if same else None
 
 
+class Stages:
+    """The blocks of each stage as one chain for each grid that comes: stages(i, x, grid)."""
+
+    def __init__(self, stages):
+        self._stages = stages  # of each: blocks with their weights, weight and bias of its PEG
+        self._chains = {}
+
+    def __call__(self, i, x, grid):
+        """None for tokens that the chain cannot serve."""
+        key = i, tuple(grid)
+        if key not in self._chains:
+            layers = self._layers(*key)
+            self._chains[key] = layers and Chain(layers)
+        chain = self._chains[key]
+        return chain and chain(x)
+
+    def _layers(self, i, grid):
+        blocks, positions = self._stages[i]
+        layers = []
+        for j, (block, weights) in enumerate(blocks):
+            steps = block.steps(weights, grid)
+            if steps is None:
+                return None
+            layers += steps
+            if j == 0:
+                layers.append(positions_step(*positions, grid=grid))
+        return layers
+
+
 class FastTwins(Fast, Twins):
     """Between stages the tokens are a channels_last image already; Twins makes an NCHW copy."""
 
@@ -151,18 +206,36 @@ class FastTwins(Fast, Twins):
 
     @classmethod
     def bypassed(cls, module):
-        return ()
+        return module.blocks, module.pos_block
 
     def forward_features(self, x):
+        stages = None if is_apart() else self._hybridops_plan.derived(self, x)
         last = len(self.blocks) - 1
-        stages = zip(self.patch_embeds, self.pos_drops, self.blocks, self.pos_block, strict=True)
-        for i, (embed, drop, blocks, pos_block) in enumerate(stages):
+        for i, (embed, drop) in enumerate(zip(self.patch_embeds, self.pos_drops, strict=True)):
             x, size = embed(x)
             x = drop(x)
-            for j, block in enumerate(blocks):
-                x = block(x, size)
-                if j == 0:
-                    x = pos_block(x, size)
+            mixed = None if stages is None else stages(i, x, size)
+            x = self._apart(i, x, size) if mixed is None else mixed
             if i < last:
                 x = x.unflatten(1, size).permute(0, 3, 1, 2)
         return self.norm(x)
+
+    def _apart(self, i, x, size):
+        for j, block in enumerate(self.blocks[i]):
+            x = block(x, size)
+            if j == 0:
+                x = self.pos_block[i](x, size)
+        return x
+
+    def derive(self):
+        stages = []
+        for blocks, positions in zip(self.blocks, self.pos_block, strict=True):
+            served = isinstance(positions, FastPosConv) and positions.stride == 1
+            if not served or not all(isinstance(block, FastBlock) for block in blocks):
+                return None
+            weights = [block.derive() for block in blocks]
+            if None in weights:
+                return None
+            conv = positions.proj[0]
+            stages.append((list(zip(blocks, weights, strict=True)), (conv.weight, conv.bias)))
+        return Stages(stages)
