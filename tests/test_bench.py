@@ -468,7 +468,8 @@ def test_images_need_not_be_square():
     assert task.inputs[0].shape == (2, 3, 6, 9)
     assert task.case == "6x9"
     assert "--size 6x9" in task.repro
-    assert [in_pixels(case, " × ") for case in ("224", "6x9")] == ["224 × 224", "6 × 9"]
+    shown = [in_pixels(case, " × ") for case in ("224", "6x9", "224 frozen")]
+    assert shown == ["224 × 224", "6 × 9", "224 × 224 frozen"]
     for wrong in ("", "8x", "x8", "8x8x8", "-8", "0", True, 2.0, [8, 8], "1" * 7):
         with pytest.raises(ValueError, match="size: must be a side"):
             read_size(wrong)

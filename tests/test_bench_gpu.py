@@ -179,9 +179,19 @@ def test_a_captured_model_and_a_training_step_are_rehearsed(tiny):
     assert [row.verdict for row in learning] == ["OK", "OK", "SKIPPED"]
 
 
+def test_a_frozen_model_is_a_case_of_its_own(tiny):
+    frozen, plain = rehearsed(peers=["eager"], freeze=True), rehearsed(peers=["eager"])
+    assert [row.verdict for row in frozen] == ["OK", "OK"]
+    assert frozen[0].backend == "cpu, frozen"
+    assert frozen[0].case == f"{plain[0].case} frozen"
+    assert frozen[0].key() != plain[0].key()
+    assert frozen[0].repro.replace(" --freeze", "") == plain[0].repro
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
+        ({"freeze": True, "mode": ["infer", "train"]}, "for inference"),
         ({"graph": True}, "captured on a GPU"),
         ({"graph": True, "device": "cuda", "mode": ["train"]}, "captured on a GPU"),
         ({"device": "cuda", "metric": ["peak-mem"]}, "not of a GPU"),

@@ -174,6 +174,7 @@ def _add_optimize(add) -> None:
     optimize.add_argument("--repeat", type=_positive, metavar="N", help="rounds (default: ~3 s)")
     optimize.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
     optimize.add_argument("--batch", action="store_true", help="all images in one batch")
+    optimize.add_argument("--freeze", action="store_true", help="as a snapshot of its weights")
     _add_download(optimize)
 
 

@@ -71,11 +71,13 @@ def compare(
     ours: bool = False,
     rounds: int | None = None,
     quick: bool = False,
+    freeze: bool = False,
     say: Callable[[str], None] = lambda text: None,
 ) -> tuple[Comparison, nn.Module]:
     """Compare `model`, which stays as it is, with an optimized copy; returns that copy too.
 
     ours: the model is built from hybridops' own modules, so eager means plain torch in them.
+    freeze: as for optimize().
     rounds: default as many as fit into about 3 s, at least 15.
     """
     eager_world = plain_torch if ours else nullcontext
@@ -83,7 +85,7 @@ def compare(
     with warnings.catch_warnings():
         if ours:  # fast as they are: that optimize() finds nothing to replace is no news
             warnings.simplefilter("ignore")
-        optimized = hybridops.optimize(deepcopy(model), strict=not ours)
+        optimized = hybridops.optimize(deepcopy(model), freeze=freeze, strict=not ours)
     say("computing in float64")
     with torch.inference_mode():
         with eager_world():

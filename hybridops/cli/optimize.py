@@ -27,7 +27,11 @@ def run(arguments: argparse.Namespace) -> int:
         batches = [torch.cat(batches)]
     try:
         result, optimized = compare(
-            model, batches, ours=source == "hybridops", rounds=arguments.repeat
+            model,
+            batches,
+            ours=source == "hybridops",
+            rounds=arguments.repeat,
+            freeze=arguments.freeze,
         )
     except hybridops.NothingToOptimize as error:
         raise UserError(f"{name}: {str(error).partition('. ')[0]}") from None
