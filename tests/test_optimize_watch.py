@@ -173,6 +173,20 @@ def test_changes_are_followed(name):
     assert not torch.allclose(ours, before, rtol=1e-3, atol=1e-4)
 
 
+def test_a_setting_of_the_class_is_followed(monkeypatch):
+    """One that nobody can watch on the module: plans go on asking."""
+    model, x, _ = warm()
+    norm = model.blocks[0].norm1
+    monkeypatch.setattr(type(norm), "eps", norm.eps, raising=False)
+    del norm.eps
+    with torch.inference_mode():
+        model(x)
+        norm.eps = 0.5
+        ours = model(x)
+        torchs = restore(copy.deepcopy(model))(x)
+    torch.testing.assert_close(ours, torchs, rtol=1e-3, atol=1e-4)
+
+
 def test_a_hook_on_all_modules_is_followed():
     model, x, _ = warm()
     seen = []

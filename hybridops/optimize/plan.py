@@ -8,6 +8,7 @@ eps, an attention's scale) another than the one that was read.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import suppress
 from itertools import repeat
 from operator import attrgetter, contains, getitem, is_
 from typing import Any, NamedTuple
@@ -174,8 +175,9 @@ class Plan:
         sources = tuple(map(getitem, self._tensors, self._tensor_names))
         value = derived(module, "plan", sources, module.derive)
         if plain and kept(module, "plan") is not None and (self.frozen or unchanged):
-            watch = None if self.frozen else self._watch_of(module)
-            keep(module, _READY, _Ready(watch, value))
+            with suppress(KeyError):  # a setting that its class has by now: asked for in every call
+                watch = None if self.frozen else self._watch_of(module)
+                keep(module, _READY, _Ready(watch, value))
         return value
 
     def _watch_of(self, module: nn.Module) -> Watch:
