@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from hybridops import optimize, refresh, restore
+from hybridops import optimize, refresh, restore, verify
 from hybridops.compat import import_timm
 from hybridops.optimize import plan as plans
 from hybridops.optimize import watch as watches
@@ -238,6 +238,26 @@ def test_a_frozen_model_is_a_snapshot():
         torchs = restore(copy.deepcopy(model))(x)
     assert not torch.allclose(after, before, rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(after, torchs, rtol=1e-3, atol=1e-4)
+
+
+def test_loading_weights_takes_a_new_snapshot():
+    model, x, before = warm(freeze=True)
+    model = copy.deepcopy(model)
+    with torch.inference_mode():
+        model(x)
+        change(model, "load_state_dict")
+        ours, torchs = model(x), restore(copy.deepcopy(model))(x)
+    torch.testing.assert_close(ours, torchs, rtol=1e-3, atol=1e-4)
+    assert not torch.allclose(ours, before, rtol=1e-3, atol=1e-4)
+    assert not restore(model)._load_state_dict_post_hooks
+
+
+def test_a_frozen_model_can_be_verified():
+    model, x, before = warm(freeze=True)
+    assert verify(model, x).ok
+    with torch.inference_mode():
+        change(model, "a setting")
+        assert torch.equal(model(x), before)  # and is frozen still
 
 
 def test_a_frozen_model_asks_nothing(asked):

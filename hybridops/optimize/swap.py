@@ -93,8 +93,9 @@ def optimize(
     fold: False swaps kernels only, in inference too. state_dict never changes either way.
     freeze: True makes the model a snapshot, as torch.compile's freezing and exporting do: what its
         first call in inference folds and packs serves all later ones, which look no more for
-        changed weights, settings and hooks. Saves a tenth of a small model's time at batch 1, of a
-        large one next to nothing. After a change call refresh(model).
+        changed weights, settings and hooks (layers left to torch do). Saves a tenth of a small
+        model's time at batch 1, of a large one next to nothing. model.load_state_dict() takes a
+        new snapshot; after any other change call refresh(model).
     precision: "exact": the model's own dtype, fp32 accumulation, error at most 2x torch's own.
     exclude: glob patterns of names ("head*", "blocks.0"): what matches, all below it, and whatever
         would bypass it stay as they are.
@@ -141,6 +142,8 @@ def optimize(
             options, fallbacks=Counter(backends.fallbacks), served=Counter(backends.served)
         )
         journal.handles = [] if backend == "auto" else _force(model, backend)
+        if freeze:
+            journal.handles.append(model.register_load_state_dict_post_hook(_refresh_loaded))
         model.__dict__[JOURNAL] = journal
     journal.layers = layers
     if verify:
@@ -179,6 +182,10 @@ def refresh(model: Model) -> Model:
     for _, module in replaced(model):
         _derived.clear(module)
     return model
+
+
+def _refresh_loaded(model: nn.Module, _: Any) -> None:
+    refresh(model)
 
 
 def survey(

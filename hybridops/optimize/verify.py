@@ -30,6 +30,7 @@ from .. import backend
 from .fast import dotted
 from .gates import fit_statistics, randomise_gates
 from .measure import Call, ChannelsLast, Errors, capture, compare, plant
+from .plan import PLAN
 from .report import aligned
 from .swap import JOURNAL, replaced, restore
 
@@ -121,6 +122,8 @@ def verify(model: nn.Module, example: Any, *, raises: bool = False, seed: int = 
             "verify: the reference is float64, so the model must be in a lower precision"
         )
     fast = copy.deepcopy(model)
+    for _, module in replaced(fast):
+        module.__dict__[PLAN].frozen = False  # or a planted fault would not be seen
     _drop_caches(fast)
     original = restore(copy.deepcopy(fast))
     randomise_gates(original, seed)
