@@ -217,3 +217,19 @@ def test_a_stage_of_twins_is_one_dispatch(timm):
         other = torch.randn(1, 3, 96, 96)  # windows of 2 do not fill the last grid, of 3 x 3
         expected = ho.restore(copy.deepcopy(model))(other)
         torch.testing.assert_close(model(other), expected, rtol=1e-3, atol=1e-4)
+
+
+@needs_library
+def test_chains_of_many_sizes_do_not_pile_up(timm, monkeypatch):
+    from hybridops.optimize import timm_twins
+
+    monkeypatch.setattr(timm_twins, "_CHAINS", 4)
+    model = timm.create_model("twins_svt_small", num_classes=7, wss=[1, 1, 1, 1]).eval()
+    ho.optimize(model)
+    images = [torch.randn(1, 3, n, n) for n in (32, 64, 96)]
+    with torch.inference_mode():
+        for x in (*images, *images):
+            expected = ho.restore(copy.deepcopy(model))(x)
+            torch.testing.assert_close(model(x), expected, rtol=1e-3, atol=1e-4)
+    kept = [v for v in vars(model).values() if isinstance(v, dict) and "plan" in v]
+    assert len(kept[0]["plan"].value._chains) == 4

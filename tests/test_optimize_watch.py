@@ -84,6 +84,13 @@ def another_view(model):
     weight.data = weight.data.t()
 
 
+def fewer_features(model):  # pointers, strides and versions stay
+    mlp = model.blocks[0].mlp
+    mlp.fc1.weight.data = mlp.fc1.weight.data[:48]
+    mlp.fc1.bias.data = mlp.fc1.bias.data[:48]
+    mlp.fc2.weight.data = mlp.fc2.weight.data[:, :48]
+
+
 def loaded(model):
     model.load_state_dict({k: v * 1.1 for k, v in model.state_dict().items()})
 
@@ -140,6 +147,7 @@ CHANGES = {
     "written in place": written,
     "given other data": given_data,
     "another view of its data": another_view,
+    "fewer features of its data": fewer_features,
     "load_state_dict": loaded,
     "another parameter": another_parameter,
     "no bias any more": no_bias,

@@ -106,6 +106,7 @@ class Reduced final : public Weighted {
                         weight_r.size(1) == q_.K && weight_r.size(2) == weight_r.size(3),
                     "chain: the reduction does not fit");
     r_ = weight_r.size(2);
+    // four channels and fewer may be packed in the other order: see is_planar() in patch_embed.py
     STD_TORCH_CHECK(r_ > 0 && H % r_ == 0 && W % r_ == 0 && q_.K > 4,
                     "chain: the reduction does not fit its grid");
     const simd::Depth depth{simd::product_type(type()), r_ * q_.K, r_};

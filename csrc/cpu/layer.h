@@ -66,7 +66,6 @@ class Mlp final : public Weighted {
       const Tensor& weight1, const MaybeTensor& bias1, const MaybeTensor& packed1,
       int64_t activation, const Tensor& weight2, const MaybeTensor& bias2,
       const MaybeTensor& packed2, bool residual)
-
       : Weighted(weight1),
         up_(weights(room, weight1, bias1, packed1)),
         down_(weights(room, weight2, bias2, packed2)),
@@ -103,7 +102,6 @@ class Attention final : public Weighted {
             const MaybeTensor& bias, int64_t heads, int64_t key_dim, bool interleaved, double scale,
             int64_t activation, const Tensor& weight_out, const MaybeTensor& bias_out,
             const MaybeTensor& packed_out, bool residual)
-
       : Weighted(weight_qkv),
         qkv_(weights(room, weight_qkv, bias_qkv, packed_qkv)),
         out_(weights(room, weight_out, bias_out, packed_out)),
@@ -167,7 +165,6 @@ class Subsample final : public Weighted {
             const MaybeTensor& packed_q, const Tensor& bias, const Tensor& weight_out,
             const MaybeTensor& bias_out, const MaybeTensor& packed_out, int64_t heads, int64_t D,
             int64_t H, int64_t W, int64_t stride, int64_t activation, double scale)
-
       : Weighted(weight_kv),
         kv_(weights(room, weight_kv, bias_kv, packed_kv)),
         q_(weights(room, weight_q, bias_q, packed_q)),

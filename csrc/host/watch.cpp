@@ -72,8 +72,11 @@ bool unchanged(const py::tuple& watch) {
 
   const Items sized = column(kSized), sizes = column(kSizes);
   sized.check(sizes);
-  for (Py_ssize_t i = 0; i < sized.count; ++i)
-    if (length_of(sized[i]) != PyLong_AsSsize_t(sizes[i])) return false;
+  for (Py_ssize_t i = 0; i < sized.count; ++i) {
+    const Py_ssize_t size = PyLong_AsSsize_t(sizes[i]);
+    if (size < 0 && PyErr_Occurred()) throw py::error_already_set();
+    if (length_of(sized[i]) != size) return false;
+  }
 
   const Items objects = column(kObjects), classes = column(kClasses);
   objects.check(classes);

@@ -6,8 +6,6 @@ import torch
 from timm.layers.norm import LayerNorm
 
 from ..ops import attention, linear, patch_embed
-from ..ops.chain import attention_step
-from ..ops.grid_steps import reduced_step
 from .fast import (
     Fast,
     first,
@@ -92,19 +90,6 @@ class SubsampledAttention(Fast):
             x = patch_embed(image, sr.weight, sr.bias, stride=stride, norm=fused, packed=sr.packed)
             out = self._attend(q, linear(self.behind(x), kv.weight, kv.bias, packed=kv.packed))
         return linear(out, proj.weight, proj.bias, residual=residual, packed=proj.packed)
-
-    def steps(self, weights, grid, norm):
-        """What folded() gives, x added, as layers of a chain; None where r does not divide."""
-        q, sr, kv, proj = weights
-        shape = {"heads": self.num_heads, "norm": norm_of(norm), "residual": True}
-        if sr is None:
-            key_dim = q.weight.shape[1] // self.num_heads
-            return [attention_step(q, proj, key_dim=key_dim, scale=scale_of(self), **shape)]
-        r = self.sr.stride[0]
-        if sr.packed is None or grid[0] % r or grid[1] % r:
-            return None
-        between = {"reduction_norm": norm_of(self.norm), "scale": scale_of(self)}
-        return [reduced_step(q, sr, kv, proj, grid=grid, **between, **shape)]
 
     def _attend(self, q, kv):
         B, N, C = q.shape

@@ -19,7 +19,7 @@ from torch import nn
 from ..nn.peg import position_encoding
 from ..ops import mlp_layer, patch_embed
 from ..ops.chain import Chain, attention_step, mlp_step
-from ..ops.grid_steps import positions_step, windows_step
+from ..ops.grid_steps import positions_step, reduced_step, windows_step
 from .chained import is_apart
 from .fast import (
     Fast,
@@ -33,7 +33,7 @@ from .fast import (
     scaled,
 )
 from .grid import from_windows, in_windows, into_windows
-from .qkv import QkvAttention
+from .qkv import QkvAttention, scale_of
 from .subsampled import SubsampledAttention
 from .timm_block import PARTS, not_pre_norm
 
@@ -45,7 +45,18 @@ class FastLocallyGroupedAttn(QkvAttention, LocallyGroupedAttn):
 
 
 class FastGlobalSubSampleAttn(SubsampledAttention, GlobalSubSampleAttn):
-    pass
+    def steps(self, weights, grid, norm):
+        """What folded() gives, x added, as layers of a chain; None where r does not divide."""
+        q, sr, kv, proj = weights
+        shape = {"heads": self.num_heads, "norm": norm_of(norm), "residual": True}
+        if sr is None:
+            key_dim = q.weight.shape[1] // self.num_heads
+            return [attention_step(q, proj, key_dim=key_dim, scale=scale_of(self), **shape)]
+        r = self.sr.stride[0]
+        if sr.packed is None or grid[0] % r or grid[1] % r:
+            return None
+        between = {"reduction_norm": norm_of(self.norm), "scale": scale_of(self)}
+        return [reduced_step(q, sr, kv, proj, grid=grid, **between, **shape)]
 
 
 class FastBlock(Fast, Block):
@@ -170,6 +181,9 @@ class FastPatchEmbed(Fast, PatchEmbed):
         return packed_patch(self.proj) if same else None
 
 
+_CHAINS = 32  # of eight sizes of images: each holds what its kernels read in another form
+
+
 class Stages:
     """The blocks of each stage as one chain for each grid that comes: stages(i, x, grid)."""
 
@@ -181,6 +195,8 @@ class Stages:
         """None for tokens that the chain cannot serve."""
         key = i, tuple(grid)
         if key not in self._chains:
+            if len(self._chains) >= _CHAINS:
+                self._chains.pop(next(iter(self._chains)))
             layers = self._layers(*key)
             self._chains[key] = layers and Chain(layers)
         chain = self._chains[key]
