@@ -112,7 +112,7 @@ class _Fixed(nn.Module):
 
 
 def test_the_arithmetic_of_a_comparison(monkeypatch):
-    def optimize(model, strict):
+    def optimize(model, freeze, strict):
         with torch.no_grad():
             model.logits[0, 0] += 0.25
         return model
@@ -132,7 +132,7 @@ def test_the_arithmetic_of_a_comparison(monkeypatch):
 
 
 def test_nan_breaks_the_rule(monkeypatch):
-    def optimize(model, strict):
+    def optimize(model, freeze, strict):
         with torch.no_grad():
             model.logits.fill_(torch.nan)
         return model
