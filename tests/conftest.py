@@ -66,6 +66,15 @@ def cpu_library() -> str:
     return backend.ISA
 
 
+@pytest.fixture(params=[1, 2, 3], ids="{} threads".format)
+def threads(request):
+    """How many threads torch and the kernels use."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def timm():
     """timm, also beside a torchvision that does not import by itself; skips where it is absent."""

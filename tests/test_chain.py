@@ -83,6 +83,54 @@ def test_as_right_as_torch(dtype, B):
     accurate(ours, torchs, exact, "chain")
 
 
+def assert_alone_as_together(chain, x):
+    """Images go through on their own, where that shares out evenly: the bits must not tell."""
+    with torch.inference_mode():
+        together = chain(x)
+        alone = [chain(image) for image in x.split(1)]
+    assert together.is_inference()
+    assert torch.equal(together, torch.cat(alone))
+
+
+@needs_library
+@DTYPES
+@pytest.mark.parametrize("B", [2, 5, 16, 17])
+def test_images_alone_and_together(B, dtype, threads):
+    chain = levit_like(dtype)(same, same)
+    assert_alone_as_together(chain, torch.randn(B, 35, 64).to(dtype)[..., :37])
+    wide = 300_000 // 64  # more than a thread's cache is to hold of images
+    up, down = weights(24, 16, dtype), weights(16, 24, dtype)
+    chain = Chain([mlp_step(up, down, activation="relu", residual=True)])
+    assert_alone_as_together(chain, torch.randn(B, wide, 16).to(dtype))
+
+
+@needs_library
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_few_tokens_of_many_images(tokens, threads):
+    """Products of few rows sum in shorter chains, so these images must stay together."""
+    up, down = weights(600, 500, torch.float32), weights(500, 600, torch.float32)
+    chain = Chain([mlp_step(up, down, activation="none")])
+    x = torch.randn(8, tokens, 500)
+    with torch.inference_mode():
+        assert torch.equal(chain(x), chain(x.view(1, -1, 500)).view_as(x))
+
+
+@needs_library
+def test_a_bias_for_each_image(threads):
+    C, heads, D, B = 24, 3, 8, 8
+    qkv, out = weights(3 * C, C, torch.float32), weights(C, C, torch.float32)
+    bias = torch.randn(B, heads, 9, 9)
+    step = attention_step(qkv, out, heads=heads, key_dim=D, bias=bias)
+    x = torch.randn(B, 9, C)
+    counted = backend.fallbacks.total()
+    with torch.inference_mode():
+        together = Chain([step])(x)
+        assert backend.fallbacks.total() == counted
+        for i in range(B):
+            one = attention_step(qkv, out, heads=heads, key_dim=D, bias=bias[i : i + 1])
+            assert torch.equal(Chain([one])(x[i : i + 1])[0], together[i])
+
+
 @needs_library
 def test_is_one_dispatch():
     chain = levit_like(torch.float32)(same, same)

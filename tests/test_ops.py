@@ -250,6 +250,22 @@ def test_conv_stem_means_its_chain_of_layers():
     close(ours, chain(image))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("kernel", "stride", "padding"), [(3, 2, 1), (2, 3, 0), (5, 1, 2), (1, 4, 0), (4, 2, 2)]
+)
+def test_a_pool_behind_a_stem_in_bands_of_rows(kernel, stride, padding, dtype, cpu_library):
+    """Whatever rows two bands share, and whatever rows no window reads."""
+    image = torch.randn(2, 3, 150, 300).to(dtype)
+    layer = ops.ConvLayer(torch.randn(70, 3, 7, 7).to(dtype), torch.randn(70).to(dtype), 2, 3)
+    with torch.inference_mode():
+        pool = ops.MaxPool(kernel, stride, padding)
+        ours = ops.conv_stem(image, [layer], pool=pool, layout="image")
+        before = ops.conv_stem(image, [layer], layout="image").float()
+        pooled = F.max_pool2d(before, kernel, stride, padding).to(dtype)
+    assert torch.equal(ours, pooled)
+
+
 def test_conv_stem_same_padding_is_tensorflows():
     image, weight = draw(1, 2, 10, 11), draw(4, 2, 3, 3)
     ours = ops.conv_stem(image, [ops.ConvLayer(weight, stride=2, padding="same")], layout="image")

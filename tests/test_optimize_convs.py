@@ -8,7 +8,7 @@ from check import accurate
 from torch import nn
 from torch.nn.utils import parametrize
 
-from hybridops import explain, optimize, report, restore, verify
+from hybridops import backend, explain, optimize, report, restore, verify
 from hybridops.optimize import Fast
 from hybridops.optimize.gates import make_live
 
@@ -133,6 +133,24 @@ def test_hooks_and_changes_after_optimize_are_followed(timm):
         changed = model(x)
         assert not torch.allclose(changed, first)
         torch.testing.assert_close(restore(model)(x), changed, rtol=1e-3, atol=1e-4)
+
+
+def test_the_pool_behind_a_stem(timm):
+    """One kernel with the stem, until it has a hook or is another module."""
+    model, x = optimize(build(timm, "resnet18")), images()
+    seen = []
+    with torch.no_grad():
+        restored = restore(copy.deepcopy(model))
+        torch.testing.assert_close(model(x), restored(x), rtol=1e-3, atol=1e-4)
+        with torch.profiler.profile() as profile:
+            model(x)
+        assert backend.ISA is None or any("conv_stem" in e.key for e in profile.key_averages())
+        handle = model.maxpool.register_forward_hook(lambda *_: seen.append(1))
+        torch.testing.assert_close(model(x), restored(x), rtol=1e-3, atol=1e-4)
+        assert seen == [1]
+        handle.remove()
+        model.maxpool = restored.maxpool = nn.AvgPool2d(3, 2, 1)
+        torch.testing.assert_close(model(x), restored(x), rtol=1e-3, atol=1e-4)
 
 
 def test_one_layer_in_two_blocks(timm):

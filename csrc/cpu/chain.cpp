@@ -126,11 +126,42 @@ class Chain {
   }
 
   Tensor run(Tensor x) const {
+    const int64_t n = piece(x);
+    if (n == 0) return through(x);
+    const int64_t B = x.size(0);
+    std::vector<Tensor> pieces;
+    for (int64_t b = 0; b < B; b += n)
+      pieces.push_back(torch::stable::narrow(x, 0, b, std::min(n, B - b)));
+    each_on_its_own(B, n, [&](int64_t b, int64_t) { pieces[b / n] = through(pieces[b / n]); });
+    std::vector<int64_t> sizes(pieces[0].sizes().begin(), pieces[0].sizes().end());
+    sizes[0] = sizes[0] / n * B;  // windows are images, too
+    Tensor y = empty(sizes, x.scalar_type());
+    const int64_t bytes = pieces[0].numel() * size_of(type_of(y));
+    parallel((int64_t)pieces.size(), [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i)
+        std::memcpy((char*)y.mutable_data_ptr() + i * bytes, pieces[i].const_data_ptr(),
+                    pieces[i].numel() * size_of(type_of(y)));
+    });
+    return y;
+  }
+
+ private:
+  Tensor through(Tensor x) const {
     for (const auto& layer : layers_) x = layer->run(x);
     return x;
   }
 
- private:
+  // How many images go through all layers at a time, or 0: all of them. Of few tokens the bits
+  // would tell, see Output::few_rows.
+  int64_t piece(const Tensor& x) const {
+    if (x.dim() != 3 || x.numel() == 0) return 0;
+    int64_t B = 1, N = x.size(1);
+    const int64_t n = images_at_once(x.size(0), N * x.size(2) * size_of(type_of(x)));
+    for (const auto& layer : layers_)
+      if (!layer->alone(B, N) || B * N < 4) return 0;
+    return n;
+  }
+
   std::vector<MaybeTensor> tensors_;
   Kept kept_;
   std::vector<std::unique_ptr<Layer>> layers_;

@@ -212,13 +212,42 @@ struct RowView {
   }
 };
 
+// Whether this thread is one of several that take images of their own through whole layers.
+inline thread_local bool on_its_own = false;
+
 template <class F>
 void parallel(int64_t tasks, const F& f) {
-  if (tasks == 1) return f(0, 1);
-  if (tasks > 0) torch::stable::parallel_for(0, tasks, 1, f);
+  if (tasks <= 0) return;
+  if (tasks == 1 || on_its_own) return f(0, tasks);
+  torch::stable::parallel_for(0, tasks, 1, f);
 }
 
-inline int64_t threads() { return torch::stable::get_num_threads(); }
+inline int64_t threads() { return on_its_own ? 1 : torch::stable::get_num_threads(); }
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// How many of B images a thread takes through many layers at a time, so that what lies between
+// these stays in its cache, and no thread waits for another before the end. 0: all threads take
+// each layer together, because such pieces would not be shared out evenly.
+inline int64_t images_at_once(int64_t B, int64_t bytes_of_one) {
+  constexpr int64_t kInCache = 1 << 18;  // a part of L2: the layers' weights pass through it, too
+  const int64_t T = threads(), even = divide_up(B, T);
+  const int64_t n = std::min(std::max<int64_t>(kInCache / std::max<int64_t>(bytes_of_one, 1), 1),
+                             std::max<int64_t>(even, 1));
+  const int64_t most = divide_up(divide_up(B, n), T) * n;  // images of the busiest thread
+  return n < B && most * T * 8 <= B * 9 ? n : 0;
+}
+
+// f(first, n) for pieces of B images, each by one thread.
+template <class F>
+void each_on_its_own(int64_t B, int64_t n, const F& f) {
+  parallel(divide_up(B, n), [&](int64_t begin, int64_t end) {
+    struct Alone {
+      bool before = on_its_own;
+      Alone() { on_its_own = true; }
+      ~Alone() { on_its_own = before; }
+    } alone;
+    for (int64_t b = begin * n; b < std::min(end * n, B); b += n) f(b, std::min(n, B - b));
+  });
+}
 
 }  // namespace hybridops

@@ -16,6 +16,8 @@ class Layer {
  public:
   virtual ~Layer() = default;
   virtual Tensor run(const Tensor& x) const = 0;
+  // What one image becomes, as (B, N) tokens; false where it does not go through on its own.
+  virtual bool alone(int64_t&, int64_t&) const { return true; }
 };
 
 // Base of those that are made of products; all their weights have one dtype.
@@ -48,6 +50,11 @@ class Weighted : public Layer {
  private:
   simd::Type type_;
 };
+
+// Whether a bias (B or 1, heads, Nq, Nk) is that of all images.
+inline bool is_shared(const MaybeTensor& bias) {
+  return !bias.has_value() || (bias->dim() == 4 && bias->size(0) == 1);
+}
 
 inline Output output_to(Tensor& y, const RowView& x, bool residual) {
   Output output{y.mutable_data_ptr(), x.type, simd::plain_rows(y.size(y.dim() - 1))};
@@ -146,6 +153,7 @@ class Attention final : public Weighted {
     linear_rows(RowView(mixed, type, B * N, H * Dv), out_, output_to(y, rows, residual_));
     return y;
   }
+  bool alone(int64_t&, int64_t&) const override { return is_shared(bias_); }
 
  private:
   LinearWeights qkv_, out_;
@@ -193,7 +201,7 @@ class Subsample final : public Weighted {
                     "chain: the tokens do not fit their grid");
     const RowView rows = Weighted::rows(x, kv_);
     const int64_t B = x.size(0), N = x.size(1), C = rows.n, D = D_, Dv = Dv_;
-    const int64_t Nq = divide_up(H_, stride_) * divide_up(W_, stride_);
+    const int64_t Nq = tokens();
     Tensor y = empty({B, Nq, out_.N}, x.scalar_type());
     if (y.numel() == 0) return y;
 
@@ -218,8 +226,14 @@ class Subsample final : public Weighted {
                 {y.mutable_data_ptr(), rows.type, simd::plain_rows(out_.N)});
     return y;
   }
+  bool alone(int64_t&, int64_t& N) const override {
+    N = tokens();
+    return is_shared(bias_);
+  }
 
  private:
+  int64_t tokens() const { return divide_up(H_, stride_) * divide_up(W_, stride_); }
+
   LinearWeights kv_, q_, out_;
   MaybeTensor bias_;
   int64_t heads_, D_, Dv_, H_, W_, stride_, activation_;

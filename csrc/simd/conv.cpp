@@ -50,6 +50,12 @@ void load_rows(const Image& image, int64_t top, int64_t left, int64_t Wp, int64_
       }
       continue;
     }
+    if (image.C == 3 && image.stride_w == 1) {  // in one pass: vectors of three planes interleave
+      const T* from = data + h * image.stride_h;
+      for (int64_t w = 0; w < image.W; ++w)
+        for (int64_t c = 0; c < 3; ++c) to[3 * w + c] = convert<E>(from[c * image.stride_c + w]);
+      continue;
+    }
     for (int64_t c = 0; c < image.C; ++c) {
       const T* from = data + h * image.stride_h + c * image.stride_c;
       for (int64_t w = 0; w < image.W; ++w)

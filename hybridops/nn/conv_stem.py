@@ -21,6 +21,7 @@ from ._fusion import (
     norm_batch,
     takes_statistics,
 )
+from .conv import max_pool_of
 
 
 class ConvNorm(nn.Module):
@@ -178,7 +179,7 @@ def _plan(stem: nn.Module) -> tuple[list[ConvLayer], MaxPool | None] | None:
         elif _is_served(child):
             found.append([child, child, None, "none"])
         elif type(child) is nn.MaxPool2d and not is_hooked(child):
-            pool = _pool(child)
+            pool = max_pool_of(child)
             if pool is None:
                 return None
         else:
@@ -186,10 +187,3 @@ def _plan(stem: nn.Module) -> tuple[list[ConvLayer], MaxPool | None] | None:
     if not found:
         return None
     return [_layer(owner, conv, bn, name) for owner, conv, bn, name in found], pool
-
-
-def _pool(pool):
-    square = all(isinstance(v, int) for v in (pool.kernel_size, pool.stride, pool.padding))
-    if not square or pool.dilation != 1 or pool.ceil_mode or pool.return_indices:
-        return None
-    return MaxPool(pool.kernel_size, pool.stride, pool.padding)

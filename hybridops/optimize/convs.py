@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from ..nn._fusion import is_hooked
 from ..nn.conv import folded_conv, not_bare_conv
 from ..ops import group_norm
 from .fast import Fast, activation_name, dotted, not_activation, original_class
@@ -195,6 +196,19 @@ def run(chain: Iterable[Any], x: Tensor) -> Tensor:
     for step in chain:
         x = step(x)
     return x
+
+
+def run_pooled(chain: list[Step], x: Tensor, pool: nn.Module) -> Tensor:
+    """pool(run(chain, x)): of an image in one kernel, where the last step is all that lies between.
+
+    A pool of another class, or with hooks, is called.
+    """
+    *before, last = chain
+    x = run(before, x)
+    ends_bare = last.norm is None and last.activation != "called"
+    if ends_bare and type(pool) is nn.MaxPool2d and not is_hooked(pool):
+        return last.conv.pooled(x, last.activation, pool)
+    return pool(last(x))
 
 
 def why_not(*chains: Iterable[nn.Module | None]) -> str | None:

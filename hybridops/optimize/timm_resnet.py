@@ -19,6 +19,7 @@ from .convs import (
     StandardisedConv,
     Stem,
     run,
+    run_pooled,
     why_not,
 )
 
@@ -103,7 +104,7 @@ class FastResNet(Stem, ResNet):
         stem = self._hybridops_plan.derived(self, x)
         if stem is None or self.grad_checkpointing:
             return ResNet.forward_features(self, x)
-        x = self.maxpool(run(stem, x))
+        x = run_pooled(stem, x, self.maxpool)
         return self.layer4(self.layer3(self.layer2(self.layer1(x))))
 
 

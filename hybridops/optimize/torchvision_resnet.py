@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
-from .convs import Residual, Stem, run
+from .convs import Residual, Stem, run_pooled
 
 
 class FastBottleneck(Residual, Bottleneck):
@@ -31,6 +31,6 @@ class FastResNet(Stem, ResNet):
         stem = self._hybridops_plan.derived(self, x)
         if stem is None:
             return ResNet._forward_impl(self, x)
-        x = self.maxpool(run(stem, x))
+        x = run_pooled(stem, x, self.maxpool)
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         return self.fc(torch.flatten(self.avgpool(x), 1))

@@ -62,9 +62,7 @@ class ConvEncoder(Fast):
         if weights is None:
             return self.replaces.forward(self, pixel_values, pixel_mask)
         stem, stages = weights
-        pool = self.model.maxpool
-        x = stem(pixel_values, "relu")
-        x = F.max_pool2d(x, pool.kernel_size, pool.stride, pool.padding, pool.dilation)
+        x = stem.pooled(pixel_values, "relu", self.model.maxpool)
         found = []
         for name, blocks in stages:
             for i, block in enumerate(blocks):
