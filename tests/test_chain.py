@@ -11,7 +11,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import hybridops as ho
 from hybridops import backend
-from hybridops.ops.chain import Chain, attention_step, mlp_step, subsample_step
+from hybridops.ops.chain import (
+    Chain,
+    attention_step,
+    linear_step,
+    mean_step,
+    mlp_step,
+    subsample_step,
+)
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 
@@ -132,6 +139,37 @@ def test_a_bias_for_each_image(threads):
 
 
 @needs_library
+@DTYPES
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize(("B", "N"), [(1, 1), (1, 16), (3, 49), (20, 197)])
+def test_the_mean_token_and_a_linear_layer(B, N, normed, dtype):
+    C = 37
+    w, gamma, beta = weights(11, C, dtype), torch.randn(C).to(dtype), torch.randn(C).to(dtype)
+    x = (torch.randn(B, N, 64) + 1).to(dtype)[..., :C]
+
+    def run(convert, number):
+        norm = (number(gamma), number(beta), 1e-6) if normed else None
+        return Chain([mean_step(), linear_step(convert(w), norm=norm)])(number(x))
+
+    with torch.inference_mode():
+        counted = backend.fallbacks.total()
+        ours = run(same, same)
+        assert backend.fallbacks.total() == counted
+        with ho.use("reference"):
+            torchs, exact = run(same, same), run(in_float64, torch.Tensor.double)
+    assert ours.shape == (B, 1, 11)
+    accurate(ours, torchs, exact, "mean, linear")
+
+
+@needs_library
+def test_the_mean_of_no_tokens_is_torchs():
+    chain = Chain([mean_step(), linear_step(weights(3, 5, torch.float32))])
+    with torch.inference_mode():
+        assert chain(torch.ones(2, 0, 5)).isnan().all()
+        assert chain(torch.ones(0, 4, 5)).shape == (0, 1, 3)
+
+
+@needs_library
 def test_is_one_dispatch():
     chain = levit_like(torch.float32)(same, same)
     with torch.inference_mode():
@@ -171,7 +209,9 @@ def test_tokens_that_do_not_fit_their_grid(N):
     ("codes", "tensors", "ints", "floats"),
     [
         ([], 0, 0, 0),
-        ([7], 0, 0, 0),
+        ([8], 0, 0, 0),
+        ([6], 5, 0, 0),
+        ([6], 4, 0, 1),
         ([-1], 0, 0, 0),
         ([0], 9, 4, 2),
         ([0], 8, 5, 2),

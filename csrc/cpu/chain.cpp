@@ -68,6 +68,15 @@ std::unique_ptr<Layer> next_mlp(Room& room, Operands& from) {
                                residual);
 }
 
+std::unique_ptr<Layer> next_linear(Room& room, Operands& from) {
+  const MaybeTensor &norm_weight = from.maybe(), &norm_bias = from.maybe();
+  const Linear linear(from);
+  return std::make_unique<LinearLayer>(room, norm_weight, norm_bias, from.real(), linear.weight,
+                                       linear.bias, linear.packed);
+}
+
+std::unique_ptr<Layer> next_mean(Room&, Operands&) { return std::make_unique<Mean>(); }
+
 std::unique_ptr<Layer> next_subsample(Room& room, Operands& from) {
   const Linear kv(from), q(from);
   const Tensor& bias = from.tensor();
@@ -116,7 +125,8 @@ class Chain {
         const std::vector<int64_t>& ints, const std::vector<double>& floats)
       : tensors_(std::move(tensors)) {
     constexpr std::unique_ptr<Layer> (*kLayers[])(Room&, Operands&) = {
-        next_attention, next_mlp, next_subsample, next_windows, next_reduced, next_positions};
+        next_attention, next_mlp,       next_subsample, next_windows,
+        next_reduced,   next_positions, next_linear,    next_mean};
     STD_TORCH_CHECK(!layers.empty(), "chain: no layers");
     Operands operands(tensors_, ints, floats);
     for (int64_t layer : layers) {

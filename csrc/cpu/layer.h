@@ -67,6 +67,62 @@ inline Output output_to(Tensor& y, const RowView& x, bool residual) {
 
 constexpr char kResidual[] = "layer: a residual needs as many channels out as in";
 
+class LinearLayer final : public Weighted {
+ public:
+  LinearLayer(Room& room, const MaybeTensor& norm_weight, const MaybeTensor& norm_bias, double eps,
+              const Tensor& weight, const MaybeTensor& bias, const MaybeTensor& packed)
+      : Weighted(weight), linear_(weights(room, weight, bias, packed)) {
+    set_norm(room, linear_, norm_weight, norm_bias, eps);
+  }
+
+  Tensor run(const Tensor& x) const override {
+    STD_TORCH_CHECK(x.dim() >= 1, "chain: x must have at least 1 dimension");
+    const RowView rows = Weighted::rows(x, linear_);
+    std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
+    sizes.back() = linear_.N;
+    Tensor y = empty(sizes, x.scalar_type());
+    if (y.numel() > 0) linear_rows(rows, linear_, output_to(y, rows, false));
+    return y;
+  }
+
+ private:
+  LinearWeights linear_;
+};
+
+// The mean of an image's tokens: (B, N, C) -> (B, 1, C).
+class Mean final : public Layer {
+ public:
+  Tensor run(const Tensor& x) const override {
+    STD_TORCH_CHECK(x.dim() == 3 && x.size(1) > 0, "chain: there are no tokens to average");
+    const RowView rows(x);
+    const int64_t B = x.size(0), N = x.size(1), C = x.size(2);
+    Tensor y = empty({B, 1, C}, x.scalar_type());
+    if (y.numel() == 0) return y;
+    void* to = y.mutable_data_ptr();
+    parallel(B, [&](int64_t begin, int64_t end) {
+      constexpr int64_t kBlock = 16;  // sums of sums: rounding errors do not grow with N
+      Scratch scratch;
+      float *block = scratch.take(kBlock * C), *sum = scratch.take(C);
+      for (int64_t b = begin; b < end; ++b) {
+        std::fill(sum, sum + C, 0.0f);
+        for (int64_t i = 0; i < N; i += kBlock) {
+          const int64_t n = std::min(kBlock, N - i);
+          simd::to_float(offset(rows.data, rows.type, (b * N + i) * rows.stride), rows.type,
+                         rows.stride, n, C, block, C);
+          simd::add_rows(block, C, n, C, sum);
+        }
+        for (int64_t c = 0; c < C; ++c) sum[c] /= (float)N;
+        simd::from_float(sum, C, 1, C, offset(to, rows.type, b * C), rows.type, C);
+      }
+    });
+    return y;
+  }
+  bool alone(int64_t&, int64_t& N) const override {
+    N = 1;
+    return true;
+  }
+};
+
 class Mlp final : public Weighted {
  public:
   Mlp(Room& room, const MaybeTensor& norm_weight, const MaybeTensor& norm_bias, double eps,

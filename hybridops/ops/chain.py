@@ -38,6 +38,8 @@ class Step(IntEnum):
     WINDOWS = 3
     REDUCED = 4
     POSITIONS = 5
+    LINEAR = 6
+    MEAN = 7
 
 
 class Layer(NamedTuple):
@@ -96,6 +98,18 @@ def mlp_step(
     gamma, beta, eps = norm or NO_NORM
     ints = (CODES[activation], int(residual))
     return Layer(call, Step.MLP, (gamma, beta, *up, *down), ints, (eps,))
+
+
+def linear_step(w: Weights, *, norm: Norm | None = None) -> Layer:
+    """linear(x, ...) as a layer of a chain."""
+    gamma, beta, eps = norm or NO_NORM
+    call = partial(linear, weight=w.weight, bias=w.bias, norm=norm, packed=w.packed)
+    return Layer(call, Step.LINEAR, (gamma, beta, *w), (), (eps,))
+
+
+def mean_step() -> Layer:
+    """The mean of an image's tokens: (B, N, C) -> (B, 1, C)."""
+    return Layer(partial(torch.mean, dim=1, keepdim=True), Step.MEAN, (), (), ())
 
 
 def subsample_step(

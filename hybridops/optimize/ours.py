@@ -19,7 +19,7 @@ from ..nn import (
 )
 from ..nn._derived import fold_in_front
 from ..nn.rel_pos_attention import Subsample
-from ..ops import linear
+from ..ops.chain import Chain, linear_step, mean_step
 from .block import block_layers
 from .chained import Chained, Container, Runs, is_apart
 from .fast import (
@@ -36,9 +36,10 @@ from .levit_layers import attention_layers, mlp_layers, subsample_layers
 
 
 def averaged_heads(heads):
-    """NormLinear heads whose outputs are averaged, as one linear layer."""
+    """NormLinear heads, averaged, of the mean token: (B, N, C) -> (B, 1, classes), one dispatch."""
     folded = [fold_in_front(h.linear.weight, h.linear.bias, h.bn) for h in heads]
-    return packed_linear(*(sum(parts) / len(parts) for parts in zip(*folded, strict=True)))
+    weights = packed_linear(*(sum(parts) / len(parts) for parts in zip(*folded, strict=True)))
+    return Chain([mean_step(), linear_step(weights)])
 
 
 class FastLevit(Fast, Levit):
@@ -51,10 +52,8 @@ class FastLevit(Fast, Levit):
         return [head for head in (module.head, module.head_dist) if head is not None]
 
     def forward_head(self, x):
-        weights = self._hybridops_plan.derived(self, x)
-        if weights is None:
-            return Levit.forward_head(self, x)
-        return linear(x.mean(1), weights.weight, weights.bias, packed=weights.packed)
+        chain = self._hybridops_plan.derived(self, x)
+        return Levit.forward_head(self, x) if chain is None else chain(x).squeeze(1)
 
     def derive(self):
         return averaged_heads(self.bypassed(self))

@@ -429,10 +429,10 @@ class FastLevitDistilled(Fast, LevitDistilled):
 
     def forward_head(self, x, pre_logits=False):
         averages = not pre_logits and self.global_pool == "avg"
-        weights = self._hybridops_plan.derived(self, x) if averages else None
-        if weights is None:
+        chain = self._hybridops_plan.derived(self, x) if averages else None
+        if chain is None:
             return LevitDistilled.forward_head(self, x, pre_logits)
-        return linear(_tokens(x).mean(1), weights.weight, weights.bias, packed=weights.packed)
+        return chain(_tokens(x)).squeeze(1)
 
     def derive(self):
         return averaged_heads((self.head, self.head_dist))
