@@ -13,6 +13,8 @@ Without torch, a compiler or ninja, or when a compile fails, the package install
 
 CXX names the compiler, MAX_JOBS caps the parallel jobs. HYBRIDOPS_CUDA=1 builds _cuda.so, 0 does
 not, and auto (the default) does where there is an nvcc and the installed torch is for its CUDA.
+HYBRIDOPS_CUDA_ARCHS, such as "80 90", names the GPUs that it holds machine code for, of all that
+it can; the others compile its PTX when they first load it.
 """
 
 import fcntl
@@ -56,8 +58,9 @@ SHIPPED = ("avx2", "avx512")
 # generator takes as long as the assembler. PTX for what comes after.
 NVCC = (
     "-std=c++20 -O3 -Xcompiler -fPIC,-fvisibility=hidden,-fstack-protector-strong "
-    "-gencode arch=compute_80,code=[sm_80,sm_86,sm_89,sm_90,compute_80] --resource-usage"
+    "-gencode arch=compute_80,code=[{},compute_80] --resource-usage"
 )
+CUDA_ARCHS = ("80", "86", "89", "90")
 EMULATED_CUDA = f"{AVX2} -O2 -Wno-unknown-pragmas -DHYBRIDOPS_EMULATE"
 HOST = "_host" + sysconfig.get_config_var("EXT_SUFFIX")
 
@@ -124,6 +127,15 @@ def find_nvcc(torch: Path) -> Path:
     return Path(found)
 
 
+def cuda_archs() -> str:
+    """As nvcc lists them; Unbuildable for any that the kernels were not written for."""
+    wanted = os.environ.get("HYBRIDOPS_CUDA_ARCHS", " ".join(CUDA_ARCHS)).split()
+    if not wanted or not set(wanted) <= set(CUDA_ARCHS):
+        some = f"HYBRIDOPS_CUDA_ARCHS must be some of {' '.join(CUDA_ARCHS)}"
+        raise Unbuildable(f"{some}, got {' '.join(wanted)!r}")
+    return ",".join(f"sm_{arch}" for arch in sorted(set(wanted)))
+
+
 def cuda_folder(nvcc: Path) -> Path:
     """The toolkit's folder; nvcc itself knows it best, as it may be a link or a script."""
     asked = subprocess.run([nvcc, "--dryrun", "x.cu"], capture_output=True, text=True).stderr
@@ -177,7 +189,8 @@ def ninja_file(
             f" -Xcompiler -ffile-prefix-map={quoted(f'{folder}/')}="
             for folder in (torch / "include", ROOT)
         )
-        objects = compile(cuda_sources, "cuda", f"{NVCC} {STABLE} {include}{prefixes}", "nvcc")
+        flags = f"{NVCC.format(cuda_archs())} {STABLE} {include}{prefixes}"
+        objects = compile(cuda_sources, "cuda", flags, "nvcc")
         libs = f"{torch_cpu} -L{quoted(cuda_folder(nvcc) / 'lib64')} -lcudart_static -ldl -lrt"
         lines.append(f"build _cuda.so: link {' '.join(objects)}\n  libs = {libs} -lpthread")
     emulation = f"{common} {EMULATED_CUDA} -I{quoted(ROOT / 'tests/emulation')}"
@@ -244,7 +257,9 @@ def build_native(
             pybind11 = module.get_include()
         nvcc = None
         try:
-            nvcc = find_nvcc(torch) if with_cuda else None
+            if with_cuda:
+                cuda_archs()
+                nvcc = find_nvcc(torch)
         except Unbuildable as error:
             info["cuda_reason"] = str(error)
         targets = [f"_cpu_{flavour}.so" for flavour in flavours] + [HOST] * bool(pybind11)
