@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from hybridops import bench
 from hybridops.bench import check, clock, measure, op_task, peers, roof, sample, stats
@@ -410,6 +411,30 @@ def test_peers_say_why_they_cannot():
         peers.build("channels_last", fwd)
     with pytest.raises(ValueError, match="unknown peer 'nobody'; there are eager"):
         peers.peer("nobody")
+
+
+def test_the_floor_of_a_model_is_its_products():
+    """Linear layers and convolutions, each with its own weights, but none that is grouped."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, 2, 1),
+        nn.Conv2d(8, 8, 3, 1, 1, groups=8),
+        nn.Conv2d(8, 6, (1, 2), (1, 2)),
+        nn.Flatten(2),
+        nn.Linear(32, 24, bias=False),
+        nn.Linear(24, 5),
+    ).eval()
+    task = model_task("floor", model, size=16, batch=2)
+    ours, floor = measure.measure(task, ["products"], QUICK)
+    assert floor.backend.startswith("4, ")
+    assert floor.verdict in ("FAST", "SAME", "SLOW", "AMBIGUOUS"), floor.reason
+    assert floor.error_ratio == 1  # eager's answer, as it says
+    for mode in ("train", "infer"):
+        other = model_task("floor", model, size=16, mode=mode)
+        other.kind = "model" if mode == "train" else "op"
+        other.set_inputs(0)
+        with pytest.raises(Skip, match="inference on a CPU only"):
+            peers.build("products", other)
 
 
 def test_absent_peers_are_skipped_with_the_pip_line(monkeypatch):

@@ -37,9 +37,10 @@ PEERS: dict[str, str | ModuleType] = {
     "compile-max-graph": "compile_max_graph",
     "onnxruntime": "onnx_runtime",
     "openvino": "open_vino",
+    "products": "products",
 }
 
-ON_CPU = ("eager-mkl512", "onnxruntime", "openvino")  # they know no other device
+ON_CPU = ("eager-mkl512", "onnxruntime", "openvino", "products")  # they know no other device
 
 
 def register(name: str, module: ModuleType) -> None:

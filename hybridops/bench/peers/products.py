@@ -1,0 +1,122 @@
+"""No peer but a floor: a model's linear layers and convolutions, without all that lies between.
+
+The model runs once to see what it multiplies: every linear layer and every convolution that is not
+grouped, in order, with the weights that it has; attention's own products are left out. Each of them
+then runs by itself, on numbers that are in cache, with its weights packed before, by torch or by
+ours, whichever is faster for that shape. No library takes less as long as its products are no
+faster than these; what ours takes longer is attention, norms, activations, data that moves, and
+Python. The answer that is checked is eager's, since there is none here.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ...nn.conv import Conv
+from ...ops import ConvLayer, conv_stem, pack_conv, pack_linear
+from ..task import Candidate, Skip, Task
+from . import eager
+
+SUMMARY = "a floor: linear layers and convolutions alone, each by the faster of torch and ours"
+INSTALL = None
+
+Call = Callable[[], Any]
+_ROUNDS, _SECONDS = 5, 1e-3  # in turn, that long each: the least decides
+
+
+def build(task: Task) -> Candidate:
+    if task.kind != "model" or task.differentiates or task.on_gpu:
+        raise Skip("of a model's inference on a CPU only")
+    plain = eager.build(task)
+    module = task.cast_module()
+    seen = _Products()
+    with torch.no_grad(), task.world(), seen:
+        module(*task.inputs)
+    fastest: dict[tuple, str] = {}
+    calls = []
+    with torch.inference_mode():
+        for shape, ways in seen.found:
+            if shape not in fastest:
+                fastest[shape] = _fastest(ways)
+            calls.append(ways[fastest[shape]])
+
+    def run() -> None:
+        for call in calls:
+            call()
+
+    by_ours = sum(fastest[shape] == "ours" for shape, _ in seen.found)
+    ran = f"{len(calls)}, {by_ours} by ours"
+    return Candidate("products", ran, run, plain.outcome, plain.world)
+
+
+class _Products(TorchDispatchMode):
+    """Finds the products that run inside: the shape of each, and the ways to run it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[tuple[tuple, dict[str, Call]]] = []
+        self.operands: dict[tuple, Tensor] = {}  # left-hand sides, shared by all of a shape
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        y = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.addmm.default:
+            self.product(args[1], args[2], y)
+        elif func is torch.ops.aten.mm.default:
+            self.product(args[0], args[1], y)
+        elif func is torch.ops.aten.convolution.default and not args[6] and args[8] == 1:
+            self.convolution(*args[:2], *args[3:6])
+        return y
+
+    def product(self, x: Tensor, b: Tensor, y: Tensor) -> None:
+        if 0 in (*x.shape, *y.shape):
+            return
+        weight = b.t()
+        x, out = self.like("x", x), self.like("y", y)
+        packed = pack_linear(weight)
+        ways: dict[str, Call] = {"torch": partial(torch.mm, x, b, out=out)}
+        if packed is not None:
+            nothing = (None, None, 0.0, None, 0)
+            ours = torch.ops.hybridops.linear.default
+            ways["ours"] = partial(ours, x, weight, None, packed, *nothing)
+        self.found.append((("linear", *x.shape, b.shape[1]), ways))
+
+    def convolution(self, x: Tensor, weight: Tensor, stride, padding, dilation) -> None:
+        if 0 in (*x.shape, *weight.shape):
+            return
+        x = self.like("image", x).contiguous(memory_format=torch.channels_last)
+        conv = Conv(weight, None, tuple(stride), tuple(padding), tuple(dilation))
+        ways: dict[str, Call] = {"torch": partial(conv, x)}
+        packed = pack_conv(weight)
+        if packed is not None and stride[0] == stride[1] and tuple(dilation) == (1, 1):
+            bias = weight.new_zeros(weight.shape[0])
+            layer = ConvLayer(weight, bias, stride[0], tuple(padding) * 2, packed=packed)
+            ways["ours"] = partial(conv_stem, x, [layer], layout="image")
+        shape = ("conv", *x.shape, *weight.shape, *stride, *padding, *dilation)
+        self.found.append((shape, ways))
+
+    def like(self, role: str, x: Tensor) -> Tensor:
+        key = (role, x.dtype, *x.shape)
+        if key not in self.operands:
+            self.operands[key] = torch.randn(x.shape).to(x.dtype)
+        return self.operands[key]
+
+
+def _fastest(ways: dict[str, Call]) -> str:
+    """The name of the way that takes least."""
+    least = dict.fromkeys(ways, float("inf"))
+    for _ in range(_ROUNDS if len(ways) > 1 else 0):
+        for name, call in ways.items():
+            call()
+            begin, calls = time.perf_counter(), 0
+            while time.perf_counter() - begin < _SECONDS or not calls:
+                call()
+                calls += 1
+            least[name] = min(least[name], (time.perf_counter() - begin) / calls)
+    return min(least, key=lambda name: least[name])
