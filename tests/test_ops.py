@@ -266,6 +266,37 @@ def test_a_pool_behind_a_stem_in_bands_of_rows(kernel, stride, padding, dtype, c
     assert torch.equal(ours, pooled)
 
 
+@pytest.mark.parametrize(
+    ("pool", "match"),
+    [
+        ([3, 0, 1, 1, 1, 1], "no such pool"),
+        ([0, 2, 1, 1, 1, 1], "no such pool"),
+        ([3, -(2**63), 1, 1, 1, 1], "no such pool"),
+        ([3, 2, 1], "no such pool"),
+        ([3, 2, -1, 1, 1, 1], "bad padding"),
+        ([3, 2, 1, 1, 2**62, 1], "bad padding"),
+        ([8, 2, 0, 1, 1, 1], "does not fit"),
+        ([8, 2, 1, 0, 1, 0], "does not fit"),
+        ([2**63 - 1, 2, 1, 1, 1, 1], "does not fit"),
+    ],
+)
+def test_hostile_pools_are_refused_by_the_kernel(pool, match, cpu_library):
+    image, weight, bias = torch.randn(1, 3, 6, 7), torch.randn(4, 3, 1, 1), torch.randn(4)
+    with pytest.raises(RuntimeError, match=match):
+        torch.ops.hybridops.conv_stem(image, [weight], [bias], [], [1], [0] * 4, [0], pool)
+
+
+@pytest.mark.parametrize("stride", [6, 20, 2**31, 2**62, 2**63 - 1])
+def test_strides_of_a_pool_longer_than_the_image(stride, cpu_library):
+    image, weight, bias = torch.randn(1, 3, 5, 29), torch.randn(4, 3, 1, 1), torch.randn(4)
+    layer = [image, [weight], [bias], [], [1], [0] * 4, [0]]
+    with torch.inference_mode():
+        ours = torch.ops.hybridops.conv_stem(*layer, [3, stride, 1, 1, 1, 1])
+        before = torch.ops.hybridops.conv_stem(*layer, []).view(1, 5, 29, 4).permute(0, 3, 1, 2)
+        pooled = F.max_pool2d(before, 3, min(stride, 64), 1)
+    assert torch.equal(ours, pooled.flatten(2).transpose(1, 2))
+
+
 def test_conv_stem_same_padding_is_tensorflows():
     image, weight = draw(1, 2, 10, 11), draw(4, 2, 3, 3)
     ours = ops.conv_stem(image, [ops.ConvLayer(weight, stride=2, padding="same")], layout="image")

@@ -91,6 +91,16 @@ Sides sides_at(const std::vector<int64_t>& paddings, size_t i) {
   return {paddings[4 * i], paddings[4 * i + 1], paddings[4 * i + 2], paddings[4 * i + 3]};
 }
 
+// Of a pool {kernel, stride, top, left, bottom, right} over images of that size.
+Sides pool_sides(const std::vector<int64_t>& pool, const Size& size) {
+  STD_TORCH_CHECK(pool.size() == 6 && pool[0] > 0 && pool[1] > 0, "conv_stem: no such pool");
+  for (size_t i = 2; i < 6; ++i)
+    STD_TORCH_CHECK(pool[i] >= 0 && pool[i] <= kLargestPadding, "conv_stem: bad padding");
+  STD_TORCH_CHECK(pool[0] <= size.H + pool[2] + pool[4] && pool[0] <= size.W + pool[3] + pool[5],
+                  "conv_stem: the pool does not fit");
+  return {pool[2], pool[3], pool[4], pool[5]};
+}
+
 std::vector<Layer> plan(Scratch& scratch, const Tensor& image, const std::vector<Tensor>& weights,
                         const std::vector<Tensor>& biases, const std::vector<Tensor>& packed,
                         const std::vector<int64_t>& strides, const std::vector<int64_t>& paddings,
@@ -138,10 +148,12 @@ void pooled_layer(const Rows& patches, const Layer& l, Type between,
                   const std::vector<int64_t>& pool, const Sides& around, const Size& size,
                   void* out, Type type) {
   constexpr int64_t kBand = 1 << 18;  // bytes of a band, about
-  const int64_t K = pool[0], stride = pool[1], C = l.Co;
+  const int64_t K = pool[0], C = l.Co;
   const int64_t Wp = around.left + l.out.W + around.right, row = Wp * C;
+  // no more than there are: of one row of windows any stride is as good
+  const int64_t stride = std::min(pool[1], around.top + l.out.H + around.bottom);
   const int64_t band = std::clamp<int64_t>(kBand / (row * stride * size_of(between)), 1, size.H);
-  const Window2d window{K, K, stride, C, Wp, size.W};
+  const Window2d window{K, K, pool[1], C, Wp, size.W};
   parallel(size.H, [&](int64_t begin, int64_t end) {
     Scratch scratch;
     void* buffer = scratch.take(((band - 1) * stride + K) * row);
@@ -185,9 +197,8 @@ Tensor conv_stem(Tensor image, std::vector<Tensor> weights, std::vector<Tensor> 
       plan(scratch, image, weights, biases, packed, strides, paddings, activations);
   const Layer& last = layers.back();
   const bool has_pool = !pool.empty();
-  const Sides around = has_pool ? Sides{pool.at(2), pool.at(3), pool.at(4), pool.at(5)} : Sides{};
+  const Sides around = has_pool ? pool_sides(pool, last.out) : Sides{};
   const Size size = has_pool ? last.out.after(pool[0], pool[0], pool[1], around) : last.out;
-  STD_TORCH_CHECK(size.H > 0 && size.W > 0, "conv_stem: the pool does not fit");
   const int64_t B = image.size(0), C = last.Co;
   Tensor tokens = empty({B, size.H * size.W, C}, weights[0].scalar_type());
   const Type type = type_of(tokens), between = simd::product_type(type);
