@@ -168,7 +168,7 @@ class Chain {
     int64_t B = 1, N = x.size(1);
     const int64_t n = images_at_once(x.size(0), N * x.size(2) * size_of(type_of(x)));
     for (const auto& layer : layers_)
-      if (!layer->alone(B, N) || B * N < 4) return 0;
+      if (!layer->by_image(B, N) || B * N < 4) return 0;
     return n;
   }
 

@@ -234,7 +234,7 @@ inline int64_t images_at_once(int64_t B, int64_t bytes_of_one) {
   const int64_t n = std::min(std::max<int64_t>(kInCache / std::max<int64_t>(bytes_of_one, 1), 1),
                              std::max<int64_t>(even, 1));
   const int64_t most = divide_up(divide_up(B, n), T) * n;  // images of the busiest thread
-  return n < B && most * T * 8 <= B * 9 ? n : 0;
+  return n < B && most * T * 8 <= B * 9 ? n : 0;  // an eighth more than an even share, at most
 }
 
 // f(first, n) for pieces of B images, each by one thread.

@@ -161,11 +161,9 @@ void pooled_layer(const Rows& patches, const Layer& l, Type between,
     for (int64_t ho = begin; ho < end; ho += band) {
       const int64_t n = std::min(band, end - ho);
       const int64_t first = ho * stride, last = first + (n - 1) * stride + K;  // padding included
-      if (done > first) {  // the last band's last rows are this one's first
-        const int64_t before = std::max(ho - band, begin) * stride;
-        std::memmove(buffer, offset(buffer, between, (first - before) * row),
+      if (done > first)  // the last band's last rows are this one's first
+        std::memmove(buffer, offset(buffer, between, band * stride * row),
                      (done - first) * row * size_of(between));
-      }
       done = std::max(done, first);
       const int64_t top = std::clamp(around.top, done, last);
       const int64_t bottom = std::clamp(around.top + l.out.H, top, last);

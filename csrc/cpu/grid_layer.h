@@ -52,7 +52,7 @@ class Windows final : public Layer {
     return y;
   }
 
-  bool alone(int64_t& B, int64_t& N) const override {
+  bool by_image(int64_t& B, int64_t& N) const override {
     const int64_t windows = H_ / h_ * (W_ / w_);
     B = back_ ? B / windows : B * windows;  // 0, too few: a chain that begins with windows
     N = back_ ? H_ * W_ : h_ * w_;

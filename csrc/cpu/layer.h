@@ -16,8 +16,9 @@ class Layer {
  public:
   virtual ~Layer() = default;
   virtual Tensor run(const Tensor& x) const = 0;
-  // What one image becomes, as (B, N) tokens; false where it does not go through on its own.
-  virtual bool alone(int64_t&, int64_t&) const { return true; }
+  // Whether each image goes through on its own; one that is (B, N) tokens in front of this layer
+  // (B windows of N, in between) becomes what it is behind it.
+  virtual bool by_image(int64_t&, int64_t&) const { return true; }
 };
 
 // Base of those that are made of products; all their weights have one dtype.
@@ -117,7 +118,7 @@ class Mean final : public Layer {
     });
     return y;
   }
-  bool alone(int64_t&, int64_t& N) const override {
+  bool by_image(int64_t&, int64_t& N) const override {
     N = 1;
     return true;
   }
@@ -209,7 +210,7 @@ class Attention final : public Weighted {
     linear_rows(RowView(mixed, type, B * N, H * Dv), out_, output_to(y, rows, residual_));
     return y;
   }
-  bool alone(int64_t&, int64_t&) const override { return is_shared(bias_); }
+  bool by_image(int64_t&, int64_t&) const override { return is_shared(bias_); }
 
  private:
   LinearWeights qkv_, out_;
@@ -282,7 +283,7 @@ class Subsample final : public Weighted {
                 {y.mutable_data_ptr(), rows.type, simd::plain_rows(out_.N)});
     return y;
   }
-  bool alone(int64_t&, int64_t& N) const override {
+  bool by_image(int64_t&, int64_t& N) const override {
     N = tokens();
     return is_shared(bias_);
   }
