@@ -188,3 +188,81 @@ def test_bodies_stay_channels_last(timm):
         model(images(2))
     assert seen[0].is_contiguous(memory_format=torch.channels_last)
     assert isinstance(model.patch_embed.backbone.stages[2].blocks[0], Fast)
+
+
+IN_PIECES = ("vit_small_r26_s32_224", "resnet18d", "torchvision")
+
+
+@pytest.fixture
+def pieces(monkeypatch):
+    """Bodies take two images of 64 x 64 at most; gives the sizes of all pieces that were made."""
+    from hybridops.nn import _pieces
+
+    sizes, cat = [], torch.cat
+
+    def concatenate(tensors, *args, **kwargs):
+        sizes.extend(len(t) for t in tensors if t.ndim == 4)
+        return cat(tensors, *args, **kwargs)
+
+    monkeypatch.setattr(_pieces, "_LARGEST", 2 * 16 * 64 * 64 * 4)
+    monkeypatch.setattr(torch, "cat", concatenate)
+    return sizes
+
+
+@pytest.mark.parametrize("name", IN_PIECES)
+def test_a_batch_in_pieces(timm, name, pieces):
+    model, x = optimize(build(timm, name)), images(5)
+    with torch.inference_mode():
+        y = model(x)
+        assert pieces == [2, 2, 1]
+        apart = torch.cat([model(some) for some in x.tensor_split(3)])
+    torch.testing.assert_close(y, apart, rtol=1e-5, atol=1e-5)  # behind the body all come at once
+
+
+def test_our_own_bodies_take_pieces(pieces):
+    from hybridops.models.hybrid_vit.backbones import BiT, ResNetD
+
+    x = images(5)
+    for body in (BiT((1, 1)).eval(), ResNetD((1, 1)).eval()):
+        with torch.inference_mode():
+            y = body(x)
+            assert torch.equal(y, torch.cat([body(some) for some in x.tensor_split(3)]))
+        assert pieces[:3] == [2, 2, 1]
+        pieces.clear()
+        body(x)  # records gradients
+        norm = next(m for m in body.modules() if type(m) in (nn.GroupNorm, nn.BatchNorm2d))
+        with torch.inference_mode():
+            handle = norm.register_forward_hook(lambda *_: None)
+            body(x)
+            handle.remove()
+            norm.train()
+            body(x)
+        assert pieces == []
+
+
+@pytest.mark.parametrize("name", IN_PIECES)
+def test_no_pieces_where_somebody_sees_them_or_images_meet(timm, name, pieces):
+    model, x, seen = optimize(build(timm, name)), images(5), []
+    net = model.patch_embed.backbone if name.startswith("vit") else model
+    stage = net.stages[1] if name.startswith("vit") else net.layer2
+    blocks = stage.blocks if name.startswith("vit") else stage
+    with torch.no_grad():
+        for watched in (stage, blocks[0], blocks[1].conv1):
+            handle = watched.register_forward_hook(lambda _, args, y: seen.append(len(y)))
+            model(x)
+            handle.remove()
+        assert seen == [5, 5, 5]
+        blocks[0].train()
+        model(x)
+        blocks[0].eval()
+        kept = blocks[1]
+        channels = kept.conv1.in_channels
+        blocks[1] = nn.BatchNorm2d(channels, track_running_stats=False).eval()
+        model(x)
+        blocks[1] = kept
+        assert pieces == []
+        model(x)
+        assert pieces == [2, 2, 1]
+    pieces.clear()
+    model(x).sum().backward()
+    assert pieces == []

@@ -212,6 +212,13 @@ struct RowView {
   }
 };
 
+// Whether the pixels of an image (B, C, H, W) lie side by side, and their channels.
+inline bool is_channels_last(const Tensor& x) {
+  const int64_t C = x.size(1), H = x.size(2), W = x.size(3);
+  return (C == 1 || x.stride(1) == 1) && (W == 1 || x.stride(3) == C) &&
+         (H == 1 || x.stride(2) == W * C) && (x.size(0) == 1 || x.stride(0) == H * W * C);
+}
+
 // Whether this thread is one of several that take images of their own through whole layers.
 inline thread_local bool on_its_own = false;
 

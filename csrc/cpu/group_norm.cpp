@@ -13,12 +13,6 @@ using simd::Type;
 constexpr int64_t kChunk = 1 << 14;  // numbers per task: 64 KB of fp32 stay in L2 for the 2nd pass
 constexpr int64_t kSamples = 16;     // pixels, evenly spread, whose mean is the pivot
 
-bool is_channels_last(const Tensor& x) {
-  const int64_t C = x.size(1), H = x.size(2), W = x.size(3);
-  return (C == 1 || x.stride(1) == 1) && (W == 1 || x.stride(3) == C) &&
-         (H == 1 || x.stride(2) == W * C) && (x.size(0) == 1 || x.stride(0) == H * W * C);
-}
-
 // x (B, C, H, W) in channels_last -> y (B, H, W, C).
 Tensor group_norm(Tensor x, int64_t groups, std::optional<Tensor> weight,
                   std::optional<Tensor> bias, double eps, int64_t activation,

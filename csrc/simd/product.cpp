@@ -117,7 +117,7 @@ struct ProductTile {
 };
 
 // With K of 16 to 64 a tile is done in 100 to 400 cycles: here it carries nothing but the product.
-template <class E>
+template <class E, bool kFetches>
 struct PlainTile {
   const E* a;
   int64_t stride_a, K;
@@ -125,9 +125,11 @@ struct PlainTile {
   const float* panel;
   float* c;
   int64_t stride_c;
+  const Fetching& fetching;
 
   template <int MR, int NV>
   HYBRIDOPS_INLINE void operator()(int64_t m) const {
+    Ahead ahead = kFetches ? fetching.share(m, MR) : Ahead{};
     const E* row[MR];
     HYBRIDOPS_UNROLL for (int i = 0; i < MR; ++i) row[i] = a + (m + i) * stride_a;
     Tile<MR, NV> tile = {};
@@ -137,7 +139,7 @@ struct PlainTile {
       const int64_t length = totals.room(tile, K - k);
       const E* run[MR];
       HYBRIDOPS_UNROLL for (int i = 0; i < MR; ++i) run[i] = row[i] + k;
-      multiply<E, MR, NV>(tile, run, b, length);
+      multiply<E, MR, NV>(tile, run, b, length, kFetches ? &ahead : nullptr);
       b += slots<E>(length) * NV * kLanes;
       k += length;
     }
@@ -334,15 +336,21 @@ void product(const Rows& rows, int64_t row_begin, int64_t row_end, const float* 
 }
 
 void plain_product(const void* a, int64_t stride_a, int64_t M, const Depth& K, const float* packed,
-                   int64_t N, float* c, int64_t stride_c) {
+                   int64_t N, float* c, int64_t stride_c, const float* then, int64_t then_floats) {
   const Panels panels(N);
+  const Fetching fetching{(const char*)then, then_floats * 4, 0, std::max<int64_t>(M, 1),
+                          std::max<int64_t>(slots(K), 1)};
   for (int64_t p = 0; p < panels.count; ++p) {
     const int64_t first = panels.offset(p) * kLanes;
     with_element(K.type == Type::kBFloat16, [&](auto element) {
       using E = decltype(element);
-      for_tiles(panels.width(p), 0, M,
-                PlainTile<E>{(const E*)a, stride_a, K.length, M < 4, packed + first * slots(K),
-                             c + first, stride_c});
+      const auto tiles = [&](auto fetches) {
+        using Plain = PlainTile<E, decltype(fetches)::value>;
+        for_tiles(panels.width(p), 0, M,
+                  Plain{(const E*)a, stride_a, K.length, M < 4, packed + first * slots(K),
+                        c + first, stride_c, fetching});
+      };
+      then_floats ? tiles(std::true_type{}) : tiles(std::false_type{});
     });
   }
 }

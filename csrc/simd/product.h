@@ -69,9 +69,11 @@ void product(const Rows& rows, int64_t row_begin, int64_t row_end, const float* 
              int64_t panel_begin, int64_t panel_end, const Output& output);
 
 // The bare product for scores: c (M, N) = a (M, K) * packed, a in rows of K's type, c of fp32.
-// Writes whole vectors: rows of c need room for padded_columns(N) numbers.
+// Writes whole vectors: rows of c need room for padded_columns(N) numbers. `then`: what the next
+// product reads first, fetched with each panel.
 void plain_product(const void* a, int64_t stride_a, int64_t M, const Depth& K, const float* packed,
-                   int64_t N, float* c, int64_t stride_c);
+                   int64_t N, float* c, int64_t stride_c, const float* then = nullptr,
+                   int64_t then_floats = 0);
 int64_t padded_columns(int64_t N);
 
 // c (M, N) = or += a.T * packed, with a (K, M) in rows of `stride_a` numbers and c in rows of

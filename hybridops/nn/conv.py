@@ -1,9 +1,10 @@
-"""Convolution bodies in inference: conv, folded norm, residual and activation in one oneDNN call.
+"""Convolution bodies in inference: conv, folded norm, residual and activation in one call.
 
-Nothing of ours would beat oneDNN on the bare convolution, given weights in its own layout and
-images in channels_last: 90 to 100 % of a Zen 4's peak on ResNet's layers, fp32 and bf16. What
-F.conv2d loses is the layout: it packs the weights again in every call (512 x 512 x 3 x 3 on 7 x 7:
-1.5 ms against 0.9 fp32, 0.9 against 0.46 bf16). On a GPU the convolution is cuDNN's, activation and
+3 x 3 convolutions of stride 1 in fp32 are ours (`ops/conv3x3.py`), with a third of the products:
+1.5 to 2.3 times oneDNN's speed. All others are oneDNN's, given weights in its own layout and images
+in channels_last: 90 to 100 % of a Zen 4's peak on ResNet's layers, fp32 and bf16. What F.conv2d
+loses is the layout: it packs the weights again in every call (512 x 512 x 3 x 3 on 7 x 7: 1.5 ms
+against 0.9 fp32, 0.9 against 0.46 bf16). On a GPU the convolution is cuDNN's, activation and
 residual passes of their own. Results are channels_last, so that the last ones are tokens by view.
 """
 
@@ -19,10 +20,14 @@ from torch import Tensor, nn
 from .. import backend
 from ..ops import ConvLayer, MaxPool, conv_stem, pack_conv
 from ..ops._contract import ACTIVATIONS
+from ..ops.conv3x3 import is_small, pack_conv3x3, run_packed
 from ._derived import _norm_sources, derived, fold_behind, in_graph
 
 _PACKINGS = 2  # image shapes whose packed weights are kept: the layout may differ (1x1, fp32)
 _FEW_CHANNELS = 4  # of images: more fill oneDNN's vectors
+# conv3x3's weights are 24 numbers for every 9, which few pixels do not pay for once they come from
+# DRAM: 512 channels of 7 x 7 at batch 1 are 25 MB and cost vit_small_r26 3 %.
+_CACHED_WEIGHTS, _FEW_PIXELS = 1 << 21, 64
 _UNARY: dict[str, tuple[str, list[Any], str | None]] = {  # oneDNN's words for our activations
     "none": ("none", [], None),
     "relu": ("relu", [], None),
@@ -70,7 +75,7 @@ class Conv:
         again: Callable[[], Tensor] | None = None,
     ) -> None:
         self._weight: Tensor | None = weight
-        self.channels = weight.shape[1]
+        self.channels_out, self.channels = weight.shape[:2]
         self._again = again
         self.bias, self.kernel, self.dtype = bias, weight.shape[2:], weight.dtype
         self.same = padding == "SAME"
@@ -78,6 +83,7 @@ class Conv:
         self.stride, self.dilation, self.groups = stride, dilation, groups
         self._packings: dict[torch.Size, Tensor] = {}
         self._stem: ConvLayer | None = None
+        self._points: Tensor | None = None  # pack_conv3x3(weight)
 
     @property
     def weight(self) -> Tensor:
@@ -101,6 +107,8 @@ class Conv:
         The residual comes before the activation, as in ResNets. Runs in plain torch where oneDNN
         cannot serve, and while gradients are recorded or a graph is traced.
         """
+        if self._filters(x) and self._runs_packed(x, residual):
+            return self._filtered(x, activation, residual)
         if self.same:
             x = same_pad(x, self.kernel, self.stride, self.dilation)
         if not self._runs_packed(x, residual):
@@ -161,6 +169,27 @@ class Conv:
             self._stem = ConvLayer(self.weight, self.bias, self.stride[0], sides, packed=packed)
         return self._stem._replace(activation=activation)
 
+    def _filters(self, x: Tensor) -> bool:
+        """Whether conv3x3 can run this convolution, and is faster than oneDNN."""
+        return (
+            self.kernel == (3, 3)
+            and self.stride == self.dilation == (1, 1)
+            and self.groups == 1
+            and (self.same or self.padding == (1, 1))
+            and self.dtype == torch.float32
+            and not is_small(x)
+            and (
+                24 * self.channels * self.channels_out <= _CACHED_WEIGHTS
+                or x.shape[0] * x.shape[-2] * x.shape[-1] > _FEW_PIXELS
+            )
+        )
+
+    def _filtered(self, x, activation, residual):
+        if self._points is None:
+            self._points = pack_conv3x3(self.weight)
+            self._drop_weight()
+        return run_packed(x, self._points, self.channels_out, self.bias, activation, residual)
+
     def plain(self, x: Tensor) -> Tensor:
         """conv(x) by torch's convolution, in the memory format that it gives; SAME pads before."""
         geometry = (self.stride, self.padding, self.dilation, self.groups)
@@ -197,9 +226,12 @@ class Conv:
                     shape,
                 )
             self._packings[shape] = packed
-            if self._again is not None:
-                self._weight = None
+            self._drop_weight()
         return packed
+
+    def _drop_weight(self) -> None:
+        if self._again is not None:
+            self._weight = None
 
 
 def max_pool_of(pool: Any) -> MaxPool | None:

@@ -18,6 +18,7 @@ from ..nn._fusion import is_hooked
 from ..nn.conv import folded_conv, not_bare_conv
 from ..ops import group_norm
 from .fast import Fast, activation_name, dotted, not_activation, original_class
+from .plan import PLAN
 
 STANDARDISED = {"timm.layers.std_conv:StdConv2d", "timm.layers.std_conv:StdConv2dSame"}
 _SAME = "timm.layers.conv2d_same:Conv2dSame"
@@ -259,6 +260,34 @@ class Residual(Fast):
             return None
         side = None if shortcut is None else steps([shortcut])
         return steps(main), side, activation_name(last)
+
+
+_CONTAINERS = {
+    "torch.nn.modules.container:Sequential",
+    "torch.nn.modules.linear:Identity",
+    "timm.models.resnetv2:ResNetStage",
+}
+
+
+def takes_pieces(body: Iterable[nn.Module], x: Tensor) -> bool:
+    """Whether a body may get its batch in pieces: nobody sees it, and no image another's numbers.
+
+    So it is where calling these modules is nothing but calling Residuals, and pools.
+    """
+    left: list[Any] = list(body)
+    while left:
+        module = left.pop()
+        path = path_of(module)
+        if is_hooked(module):
+            return False
+        if isinstance(module, Residual):
+            if not getattr(module, PLAN).folds(module, x):
+                return False
+        elif path in _CONTAINERS:
+            left.extend(module._modules.values())
+        elif path not in _CALLED:
+            return False
+    return True
 
 
 class Chain(Fast):

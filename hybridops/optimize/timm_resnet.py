@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from timm.layers.conv_bn_act import ConvNormAct
 from timm.layers.norm_act import GroupNormAct
 from timm.layers.std_conv import StdConv2d, StdConv2dSame
@@ -11,6 +13,7 @@ from timm.models.resnetv2 import Bottleneck as BottleneckV2
 from timm.models.resnetv2 import ResNetV2
 from torch import nn
 
+from ..nn._pieces import in_pieces
 from .convs import (
     TRAINING,
     ActivatedGroupNorm,
@@ -20,6 +23,7 @@ from .convs import (
     Stem,
     run,
     run_pooled,
+    takes_pieces,
     why_not,
 )
 
@@ -90,7 +94,8 @@ class FastResNetV2(Stem, ResNetV2):
         stem = self._hybridops_plan.derived(self, x)
         if stem is None or self.grad_checkpointing_is_on():
             return ResNetV2.forward_features(self, x)
-        return self.norm(self.stages(run(stem, x)))
+        alone = partial(takes_pieces, [self.stages], x)
+        return self.norm(in_pieces(lambda x: self.stages(run(stem, x)), x, alone))
 
     def grad_checkpointing_is_on(self):
         return any(getattr(stage, "grad_checkpointing", False) for stage in self.stages)
@@ -104,8 +109,12 @@ class FastResNet(Stem, ResNet):
         stem = self._hybridops_plan.derived(self, x)
         if stem is None or self.grad_checkpointing:
             return ResNet.forward_features(self, x)
-        x = run_pooled(stem, x, self.maxpool)
-        return self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        stages = (self.layer1, self.layer2, self.layer3, self.layer4)
+
+        def body(x):
+            return run(stages, run_pooled(stem, x, self.maxpool))
+
+        return in_pieces(body, x, partial(takes_pieces, (self.maxpool, *stages), x))
 
 
 class FastFeatureListNet(Stem, FeatureListNet):

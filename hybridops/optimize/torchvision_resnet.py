@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
-from .convs import Residual, Stem, run_pooled
+from ..nn._pieces import in_pieces
+from .convs import Residual, Stem, run, run_pooled, takes_pieces
 
 
 class FastBottleneck(Residual, Bottleneck):
@@ -31,6 +34,10 @@ class FastResNet(Stem, ResNet):
         stem = self._hybridops_plan.derived(self, x)
         if stem is None:
             return ResNet._forward_impl(self, x)
-        x = run_pooled(stem, x, self.maxpool)
-        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        stages = (self.layer1, self.layer2, self.layer3, self.layer4)
+
+        def body(x):
+            return run(stages, run_pooled(stem, x, self.maxpool))
+
+        x = in_pieces(body, x, partial(takes_pieces, (self.maxpool, *stages), x))
         return self.fc(torch.flatten(self.avgpool(x), 1))

@@ -7,11 +7,14 @@ A body takes images (B, in_chans, H, W), gives features (B, channels, h, w), and
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...nn._fusion import is_hooked
+from ...nn._pieces import in_pieces
 from ...nn.conv import StdConv2dSame
 from ...nn.conv_body import conv_norm, max_pool_same
 
@@ -104,7 +107,7 @@ class BiT(nn.Module):
         return -(-height // self.stride), -(-width // self.stride)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.stages(self.stem(x))
+        return in_pieces(lambda x: self.stages(self.stem(x)), x, partial(_takes_pieces, self))
 
 
 class ResNetDBottleneck(nn.Module):
@@ -168,6 +171,9 @@ class ResNetD(nn.Module):
         return -(-height // self.stride), -(-width // self.stride)
 
     def forward(self, x: Tensor) -> Tensor:
+        return in_pieces(self._forward, x, partial(_takes_pieces, self))
+
+    def _forward(self, x: Tensor) -> Tensor:
         stem = self.conv1
         x = conv_norm(stem[0], stem[1], x, "relu")
         x = conv_norm(stem[3], stem[4], x, "relu")
@@ -176,6 +182,36 @@ class ResNetD(nn.Module):
         for i in range(self.layers):
             x = self.get_submodule(f"layer{i + 1}")(x)
         return x
+
+
+_APART = {  # classes whose modules compute each image by itself
+    BiT,
+    BiTBottleneck,
+    BiTStem,
+    Projection,
+    ResNetD,
+    ResNetDBottleneck,
+    Stage,
+    StdConv2dSame,
+    nn.AvgPool2d,
+    nn.BatchNorm2d,
+    nn.Conv2d,
+    nn.GroupNorm,
+    nn.Identity,
+    nn.ReLU,
+    nn.Sequential,
+}
+
+
+def _takes_pieces(body: nn.Module) -> bool:
+    """Whether nobody sees that a body gets its batch in pieces, and no image another's numbers."""
+    return not any(
+        type(m) not in _APART
+        or is_hooked(m)
+        or m.training
+        or (type(m) is nn.BatchNorm2d and m.running_mean is None)
+        for m in body.modules()
+    )
 
 
 def _blocks(block: Any, depths: Sequence[int]) -> list[list[nn.Module]]:
