@@ -1,6 +1,6 @@
-// Winograd's minimal filtering F(2 x 4, 3 x 3): 8 pixels of a 3 x 3 convolution from a patch of
-// 4 x 6, with 24 products a pair of channels where the sum itself takes 72. Lavin and Gray, "Fast
-// Algorithms for Convolutional Neural Networks", 2015.
+// Winograd's minimal filtering for 3 x 3 convolutions: a tile of output pixels is made of a patch
+// of the image in three steps, points of the patch, products with points of the weight, and sums of
+// those. Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", 2015.
 #pragma once
 #include <cstdint>
 
@@ -8,19 +8,36 @@
 
 namespace hybridops::simd {
 
-constexpr int64_t kTileRows = 2, kTileColumns = 4;    // pixels that a tile yields
-constexpr int64_t kPatchRows = 4, kPatchColumns = 6;  // that it is made of
-constexpr int64_t kPoints = kPatchRows * kPatchColumns;
+constexpr int64_t kOperands = 24;  // of a filtering, at most
 
-// The patch at x (rows `stride_row` numbers apart, pixels C) as kPoints numbers a channel: point k
-// of channel c goes to y[k * stride_point + c].
-void to_points(const float* x, int64_t stride_row, int64_t C, float* y, int64_t stride_point);
+struct Filtering {
+  int64_t stride, rows, columns;      // of the convolution, and of a tile
+  int64_t patch_rows, patch_columns;  // that a tile is made of
+  int64_t operands, points;           // products a tile, and their depth in all
+  int64_t depths[kOperands];          // points of each operand: its products have K = depth * C
 
-// Back to `rows` x `columns` pixels of N channels: y = activation(pixels + bias + residual), rows
-// `stride_row` and pixels `stride_pixel` apart, in y as in the residual. bias and residual may be
-// null.
-void from_points(const float* points, int64_t stride_point, int64_t N, const float* bias,
-                 const float* residual, int64_t activation, int64_t rows, int64_t columns, float* y,
-                 int64_t stride_row, int64_t stride_pixel);
+  // The patch at x (rows `stride_row` numbers apart, pixels C) as row `tile` of every operand:
+  // depth * C numbers each, operands `stride` numbers apart.
+  void (*to_points)(const float* x, int64_t stride_row, int64_t C, int64_t tile, float* operands,
+                    int64_t stride);
+};
+
+// For stride 1 F(2 x 4, 3 x 3), 24 products where the sum itself takes 72; for stride 2, 2 x 2
+// pixels with 25 where it takes 36.
+const Filtering& filtering(int64_t stride);
+
+// Where a tile's pixels go: rows and columns of them, N channels each.
+struct Pixels {
+  int64_t rows, columns, N;
+  float* y;
+  const float* residual;  // like y, or null
+  int64_t stride_row, stride_pixel;
+  const float* bias;  // or null
+  int64_t activation;
+};
+
+// activation(sums of products + bias + residual); products `stride` numbers apart.
+void to_pixels(const Filtering& filtering, const float* products, int64_t stride,
+               const Pixels& pixels);
 
 }  // namespace hybridops::simd

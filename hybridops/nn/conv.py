@@ -173,22 +173,29 @@ class Conv:
         """Whether conv3x3 can run this convolution, and is faster than oneDNN."""
         return (
             self.kernel == (3, 3)
-            and self.stride == self.dilation == (1, 1)
+            and self.stride in ((1, 1), (2, 2))
+            and self.dilation == (1, 1)
             and self.groups == 1
-            and (self.same or self.padding == (1, 1))
+            and max(self.padding) <= 2
             and self.dtype == torch.float32
             and not is_small(x)
             and (
                 24 * self.channels * self.channels_out <= _CACHED_WEIGHTS
-                or x.shape[0] * x.shape[-2] * x.shape[-1] > _FEW_PIXELS
+                or x.shape[0] * x.shape[-2] * x.shape[-1] > _FEW_PIXELS * self.stride[0] ** 2
             )
         )
 
     def _filtered(self, x, activation, residual):
+        stride, (rows, columns) = self.stride[0], self.padding
+        sides = (rows, columns, rows, columns)
+        if self.same:
+            (top, bottom), (left, right) = (same_padding(n, 3, stride, 1) for n in x.shape[2:])
+            sides = (top, left, bottom, right)
         if self._points is None:
-            self._points = pack_conv3x3(self.weight)
+            self._points = pack_conv3x3(self.weight, stride)
             self._drop_weight()
-        return run_packed(x, self._points, self.channels_out, self.bias, activation, residual)
+        end = (self.bias, stride, sides, activation, residual)
+        return run_packed(x, self._points, self.channels_out, *end)
 
     def plain(self, x: Tensor) -> Tensor:
         """conv(x) by torch's convolution, in the memory format that it gives; SAME pads before."""

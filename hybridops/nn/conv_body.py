@@ -61,7 +61,8 @@ def conv_norm(
         if is_plain(norm, _GROUP_NORMS) and not in_graph(conv.weight):
             x = conv_of(conv, "conv", conv)(x)
             affine = norm.weight, norm.bias, norm.eps
-            return group_norm(x, norm.num_groups, *affine, activation=activation, residual=residual)
+            end = {"activation": activation, "residual": residual, "overwrite": True}
+            return group_norm(x, norm.num_groups, *affine, **end)
     y = conv(x) if norm is None else norm(conv(x))
     return finish(y if residual is None else y + residual, activation)
 

@@ -48,10 +48,9 @@ def group_norm_reference(
 
 
 # contract: the kernel's result is (B, H, W, C)
-library.define(
-    "group_norm(Tensor x, int groups, Tensor? weight, Tensor? bias, float eps, int activation, "
-    "Tensor? residual) -> Tensor"
-)
+_ARGS = "int groups, Tensor? weight, Tensor? bias, float eps, int activation, Tensor? residual"
+library.define(f"group_norm(Tensor x, {_ARGS}) -> Tensor")
+library.define(f"group_norm_(Tensor(a!) x, {_ARGS}) -> Tensor(a!)")
 
 
 @torch.library.register_fake("hybridops::group_norm", lib=library)
@@ -61,7 +60,14 @@ def _(x, *args):
     return x.new_empty((B, H, W, C))
 
 
+@torch.library.register_fake("hybridops::group_norm_", lib=library)
+def _(x, *args):
+    check_one_device("group_norm_", x, *args)
+    return x
+
+
 _group_norm = torch.ops.hybridops.group_norm.default
+_group_norm_in_place = torch.ops.hybridops.group_norm_.default
 
 
 # door
@@ -74,10 +80,11 @@ def group_norm(
     *,
     activation: str = "none",
     residual: Tensor | None = None,
+    overwrite: bool = False,
 ) -> Tensor:
     """x (B, C, H, W) -> like x, in channels_last wherever the kernel serves.
 
-    weight and bias (C,), residual like x. Raises ValueError for shapes, groups and activations
+    weight and bias (C,), residual like x. overwrite: the result may lie in x's memory. Raises ValueError for shapes, groups and activations
     that do not fit, TypeError for dtypes.
     """
     if backend.runs_at_once(x) and x.ndim == 4:
@@ -86,6 +93,8 @@ def group_norm(
             image = x.contiguous(memory_format=torch.channels_last)
             if residual is not None:
                 residual = residual.contiguous(memory_format=torch.channels_last)
+            if overwrite:
+                return _group_norm_in_place(image, groups, weight, bias, eps, code, residual)
             y = _group_norm(image, groups, weight, bias, eps, code, residual)
             return y.permute(0, 3, 1, 2)
     check_tensor("group_norm", "x", x, 4)

@@ -177,6 +177,7 @@ class Step:
             norm.eps,
             activation=activation,
             residual=residual,
+            overwrite=True,
         )
 
 
