@@ -107,7 +107,7 @@ class Conv:
         The residual comes before the activation, as in ResNets. Runs in plain torch where oneDNN
         cannot serve, and while gradients are recorded or a graph is traced.
         """
-        if self._filters(x) and self._runs_packed(x, residual):
+        if self.filters(x) and self._runs_packed(x, residual):
             return self._filtered(x, activation, residual)
         if self.same:
             x = same_pad(x, self.kernel, self.stride, self.dilation)
@@ -169,7 +169,7 @@ class Conv:
             self._stem = ConvLayer(self.weight, self.bias, self.stride[0], sides, packed=packed)
         return self._stem._replace(activation=activation)
 
-    def _filters(self, x: Tensor) -> bool:
+    def filters(self, x: Tensor) -> bool:
         """Whether conv3x3 can run this convolution, and is faster than oneDNN."""
         return (
             self.kernel == (3, 3)

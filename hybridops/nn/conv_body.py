@@ -19,6 +19,8 @@ from ._derived import in_graph
 from ._fusion import CONVS, finish, folds, is_plain
 from .conv import StdConv2dSame, conv_of, same_padding
 
+Pair = int | tuple[int, int]
+
 
 class FrozenBatchNorm2d(nn.Module):
     """BatchNorm2d whose statistics, weight and bias are constants: x (B, C, H, W) -> the same."""
@@ -73,10 +75,15 @@ def _learn(*modules: nn.Module) -> bool:
     return torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in parameters)
 
 
-def max_pool_same(x: Tensor, kernel: int = 3, stride: int = 2) -> Tensor:
+def max_pool_same(x: Tensor, kernel: Pair = 3, stride: Pair = 2) -> Tensor:
     """TensorFlow's SAME max-pooling: x (B, C, H, W) -> (B, C, ceil(H / stride), ceil(W / stride)).
 
     SAME never pads fewer behind than in front: what is missing there is ceil_mode's to cut off.
     """
-    before = [same_padding(size, kernel, stride, 1)[0] for size in x.shape[2:]]
+    sides = zip(x.shape[2:], _pair(kernel), _pair(stride), strict=True)
+    before = [same_padding(*side, 1)[0] for side in sides]
     return F.max_pool2d(x, kernel, stride, before, ceil_mode=True)
+
+
+def _pair(n: Pair) -> tuple[int, int]:
+    return (n, n) if isinstance(n, int) else n

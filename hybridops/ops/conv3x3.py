@@ -2,9 +2,9 @@
 
 The kernel is Winograd's minimal filtering (Winograd 1980; Lavin and Gray, "Fast Algorithms for
 Convolutional Neural Networks", 2015): for stride 1 F(2 x 4, 3 x 3), where a patch of 4 x 6 yields
-2 x 4 pixels with 24 products a pair of channels and the sum itself takes 72; for stride 2 a patch of
-5 x 5 yields 2 x 2 with 25 for 36. Its errors are between a third of oneDNN's convolution's and as
-large. Of a single small image torch makes columns and takes MKL's product, two to six times as
+2 x 4 pixels with 24 products a pair of channels and the sum itself takes 72; for stride 2 a patch
+of 5 x 5 yields 2 x 2 with 25 for 36. Its errors are between a fifth of oneDNN's convolution's and
+as large. Of a single small image torch makes columns and takes MKL's product, two to six times as
 exact as both: there torch's serves. A number that is not finite reaches all pixels of the tiles
 that it is in.
 """

@@ -84,8 +84,8 @@ def group_norm(
 ) -> Tensor:
     """x (B, C, H, W) -> like x, in channels_last wherever the kernel serves.
 
-    weight and bias (C,), residual like x. overwrite: the result may lie in x's memory. Raises ValueError for shapes, groups and activations
-    that do not fit, TypeError for dtypes.
+    weight and bias (C,), residual like x. overwrite: the result may lie in x's memory. Raises
+    ValueError for shapes, groups and activations that do not fit, TypeError for dtypes.
     """
     if backend.runs_at_once(x) and x.ndim == 4:
         with suppress(*REFUSALS), backend.below_autograd():

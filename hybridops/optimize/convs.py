@@ -10,12 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from ..nn._fusion import is_hooked
 from ..nn.conv import folded_conv, not_bare_conv
+from ..nn.conv_body import max_pool_same
 from ..ops import group_norm
 from .fast import Fast, activation_name, dotted, not_activation, original_class
 from .plan import PLAN
@@ -64,10 +66,11 @@ _NESTED = {
         for model, prefix in _FAMILIES.items()
     ),
 }
+_MAX_POOL_SAME = "timm.layers.pool2d_same:MaxPool2dSame"
 _CALLED = {
     "torch.nn.modules.pooling:MaxPool2d",
     "torch.nn.modules.pooling:AvgPool2d",
-    "timm.layers.pool2d_same:MaxPool2dSame",
+    _MAX_POOL_SAME,
 }
 TRAINING = "training keeps the convolutions as they are"
 
@@ -153,7 +156,7 @@ class Step:
         self.activation = link.activation
         self.norm = link.norm if link.norm is not None and _is_group(link.norm) else None
         if link.activation == "called":
-            self.conv = link.conv
+            self.conv = _pooling(link.conv)
         else:
             norm = None if self.norm is not None else link.norm
             same = path_of(link.conv) == _SAME
@@ -179,6 +182,13 @@ class Step:
             residual=residual,
             overwrite=True,
         )
+
+
+def _pooling(pool: Any) -> Any:
+    """A pool as it is called; timm's SAME without the copy of the image that it pads."""
+    if path_of(pool) != _MAX_POOL_SAME or pool.dilation != (1, 1) or pool.ceil_mode:
+        return pool
+    return partial(max_pool_same, kernel=pool.kernel_size, stride=pool.stride)
 
 
 def _is_group(norm):

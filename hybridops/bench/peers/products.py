@@ -52,9 +52,14 @@ def build(task: Task) -> Candidate:
         for call in calls:
             call()
 
-    by_ours = sum(fastest[shape] == "ours" for shape, _ in seen.found)
+    by_ours = sum(fastest[shape] != "torch" for shape, _ in seen.found)
     ran = f"{len(calls)}, {by_ours} by ours"
     return Candidate("products", ran, run, plain.outcome, plain.world)
+
+
+class _OneDnns(Conv):
+    def filters(self, x: Tensor) -> bool:
+        return False
 
 
 class _Products(TorchDispatchMode):
@@ -92,8 +97,11 @@ class _Products(TorchDispatchMode):
         if 0 in (*x.shape, *weight.shape):
             return
         x = self.like("image", x).contiguous(memory_format=torch.channels_last)
-        conv = Conv(weight, None, tuple(stride), tuple(padding), tuple(dilation))
-        ways: dict[str, Call] = {"torch": partial(conv, x)}
+        geometry = (tuple(stride), tuple(padding), tuple(dilation))
+        ways: dict[str, Call] = {"torch": partial(_OneDnns(weight, None, *geometry), x)}
+        conv = Conv(weight, None, *geometry)
+        if conv.filters(x):
+            ways["conv3x3"] = partial(conv, x)
         packed = pack_conv(weight)
         if packed is not None and stride[0] == stride[1] and tuple(dilation) == (1, 1):
             bias = weight.new_zeros(weight.shape[0])
