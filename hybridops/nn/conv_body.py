@@ -62,9 +62,16 @@ def conv_norm(
             return conv_of(conv, "conv", conv, norm)(x, activation, residual, overwrite)
         if is_plain(norm, _GROUP_NORMS) and not in_graph(conv.weight):
             x = conv_of(conv, "conv", conv)(x)
-            affine = norm.weight, norm.bias, norm.eps
-            end = {"activation": activation, "residual": residual, "overwrite": True}
-            return group_norm(x, norm.num_groups, *affine, **end)
+            return group_norm(
+                x,
+                norm.num_groups,
+                norm.weight,
+                norm.bias,
+                norm.eps,
+                activation=activation,
+                residual=residual,
+                overwrite=True,
+            )
     y = conv(x) if norm is None else norm(conv(x))
     return finish(y if residual is None else y + residual, activation)
 
