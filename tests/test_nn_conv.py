@@ -118,6 +118,16 @@ def test_same_padding_is_tensorflows(timm):
         assert torch.equal(same_pad(x, *sides), pad_same(x, *sides))
 
 
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_what_does_not_fit_is_refused_in_torchs_words(kernel):
+    conv = Conv(torch.randn(16, 8, kernel, kernel))
+    with torch.inference_mode():
+        for x in (torch.randn(2, 9, 8, 8), torch.randn(9, 8, 8)):
+            with pytest.raises(RuntimeError, match="to have 8 channels, but got 9"):
+                conv(x)
+        assert conv(torch.randn(8, 8, 8)).ndim == 3  # one image without a batch, as torch takes it
+
+
 def test_tokens_are_a_view():
     y = Conv(torch.randn(8, 16, 1, 1))(torch.randn(2, 16, 7, 7))
     tokens = y.flatten(2).transpose(1, 2)
