@@ -115,7 +115,7 @@ def test_any_strides(order, cpu_library):
 
 
 @pytest.mark.parametrize("grad", [False, True])
-def test_refuses_what_does_not_fit(grad):
+def test_refuses_what_does_not_fit(grad, cpu_library):
     x, weight, bias = case((2, 8, 12, 6, 5))
     packed = pack_conv3x3(weight)
     residual = torch.randn(2, 12, 6, 5)
@@ -139,6 +139,8 @@ def test_refuses_what_does_not_fit(grad):
         ):
             with pytest.raises(error, match="conv3x3"):
                 call()
+    with torch.no_grad(), pytest.raises(RuntimeError, match="packed does not fit"):
+        conv3x3(x, weight, stride=2, packed=packed)
     with pytest.raises(ValueError, match="weight must have shape"):
         pack_conv3x3(weight[..., :2])
 
@@ -197,7 +199,7 @@ def test_opcheck(cpu_library):
         torch.library.opcheck(torch.ops.hybridops.conv3x3.default, arguments)
 
 
-def test_conv_runs_it_where_it_is_faster():
+def test_conv_runs_it_where_it_is_faster(cpu_library):
     x, weight, bias = case((2, 64, 24, 9, 12))
     for stride in (1, 2):
         for padding in ((1, 1), (0, 2), "SAME"):
@@ -229,7 +231,7 @@ def test_conv_runs_it_where_it_is_faster():
     assert all(conv._points is None for conv in (large, small, *others))
 
 
-def test_counts_what_it_cannot_serve():
+def test_counts_what_it_cannot_serve(cpu_library):
     x, weight, _ = case((2, 4, 4, 3, 3))
     with torch.no_grad(), ho.use("reference"):
         conv3x3(x, weight, packed=pack_conv3x3(weight))

@@ -122,10 +122,14 @@ def test_same_padding_is_tensorflows(timm):
 def test_what_does_not_fit_is_refused_in_torchs_words(kernel):
     conv = Conv(torch.randn(16, 8, kernel, kernel))
     with torch.inference_mode():
-        for x in (torch.randn(2, 9, 8, 8), torch.randn(9, 8, 8)):
-            with pytest.raises(RuntimeError, match="to have 8 channels, but got 9"):
-                conv(x)
-        assert conv(torch.randn(8, 8, 8)).ndim == 3  # one image without a batch, as torch takes it
+        with pytest.raises(RuntimeError, match="to have 8 channels, but got 9"):
+            conv(torch.randn(2, 9, 8, 8))
+        with pytest.raises(RuntimeError, match="rank 4"):  # as a norm folded into it would
+            conv(torch.randn(8, 8, 8))
+        if kernel == 3:
+            for padding in ((0, 0), (1, 0)):
+                with pytest.raises(RuntimeError, match="greater than actual input size"):
+                    Conv(torch.randn(64, 64, 3, 3), padding=padding)(torch.randn(2, 64, 9, 2))
 
 
 def test_tokens_are_a_view():
@@ -219,6 +223,19 @@ def test_group_norm_is_as_right_as_torch(shape, dtype, affine, mean, cpu_library
     accurate(ours, torchs, exact, f"group_norm {shape}")
 
 
+def test_group_norm_in_place(cpu_library):
+    x, residual = torch.randn(2, 2, 64, 9, 7).unbind()
+    x, residual = (t.contiguous(memory_format=torch.channels_last) for t in (x, residual))
+    given = (32, torch.randn(64), torch.randn(64))
+    with torch.inference_mode():
+        apart = group_norm(x, *given, activation="relu", residual=residual)
+        kept = x.clone()
+        assert not same_bits(apart, kept)
+        within = group_norm(x, *given, activation="relu", residual=residual, overwrite=True)
+    assert same_bits(within, apart)
+    assert within.data_ptr() == x.data_ptr() != apart.data_ptr()
+
+
 def test_group_norm_does_not_depend_on_threads(cpu_library):
     x, threads = torch.randn(2, 64, 30, 30), torch.get_num_threads()
     with torch.inference_mode():
@@ -264,6 +281,8 @@ def test_group_norm_opcheck(cpu_library):
     x = torch.randn(2, 8, 3, 3).contiguous(memory_format=torch.channels_last)
     v = torch.randn(8)
     torch.library.opcheck(torch.ops.hybridops.group_norm.default, (x, 4, v, v, 1e-5, 1, x))
+    more = torch.randn_like(x)
+    torch.library.opcheck(torch.ops.hybridops.group_norm_.default, (x, 4, v, v, 1e-5, 1, more))
 
 
 def test_group_norm_counts_what_it_cannot_serve():

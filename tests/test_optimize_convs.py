@@ -219,6 +219,12 @@ def test_a_batch_in_pieces(timm, name, pieces):
     torch.testing.assert_close(y, apart, rtol=1e-5, atol=1e-5)  # behind the body all come at once
 
 
+def test_a_wrong_rank_is_refused(timm, pieces):
+    model = optimize(build(timm, "torchvision"))
+    with torch.inference_mode(), pytest.raises(ValueError, match="must have 4 dimensions"):
+        model(images(5)[0])
+
+
 def test_our_own_bodies_take_pieces(pieces):
     from hybridops.models.hybrid_vit.backbones import BiT, ResNetD
 

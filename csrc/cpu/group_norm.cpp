@@ -105,11 +105,9 @@ Tensor group_norm(Tensor x, int64_t groups, std::optional<Tensor> weight,
 }
 
 // The same in x's memory.
-Tensor group_norm_(Tensor x, int64_t groups, std::optional<Tensor> weight,
-                   std::optional<Tensor> bias, double eps, int64_t activation,
-                   std::optional<Tensor> residual) {
+void group_norm_(Tensor x, int64_t groups, std::optional<Tensor> weight, std::optional<Tensor> bias,
+                 double eps, int64_t activation, std::optional<Tensor> residual) {
   normalize(x, groups, weight, bias, eps, activation, residual, x);
-  return x;
 }
 
 }  // namespace

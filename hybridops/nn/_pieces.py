@@ -22,9 +22,13 @@ def in_pieces(body: Callable[[Tensor], Tensor], x: Tensor, alone: Callable[[], b
     time; asked for where that would matter. vit_small_r26_s32_224, 16 images: 1.2 times as fast,
     and not one of 150,000 page faults.
     """
+    if torch.is_grad_enabled() or backend.is_captured() or backend.reference_forced():
+        return body(x)
+    if x.ndim != 4 or not x.is_cpu or not x.numel():
+        return body(x)
     B, _, H, W = x.shape
-    pieces = -(-B // max(_LARGEST // (16 * H * W * x.element_size() or 1), 1))
-    whole = pieces == 1 or B < 2 or torch.is_grad_enabled() or backend.is_captured()
-    if whole or not x.is_cpu or backend.reference_forced() or not alone():
+    at_once = max(_LARGEST // (16 * H * W * x.element_size()), 1)
+    pieces = -(-B // at_once)
+    if pieces == 1 or not alone():
         return body(x)
     return torch.cat([body(piece) for piece in x.tensor_split(pieces)])

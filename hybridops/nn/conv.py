@@ -182,6 +182,7 @@ class Conv:
             and max(self.padding) <= 2
             and self.dtype == torch.float32
             and self.channels >= _LONG_SUMS
+            and min(x.shape[-2:]) >= 3
             and not is_small(x)
             and (
                 24 * self.channels * self.channels_out <= _CACHED_WEIGHTS
@@ -216,8 +217,7 @@ class Conv:
         return (
             x.is_cpu
             and x.numel() > 0
-            and x.ndim == 4
-            and x.shape[1] == self.channels * self.groups  # else torch says what is wrong
+            and (x.ndim != 4 or x.shape[1] == self.channels * self.groups)  # else torch says why
             and x.dtype == self.dtype
             and (residual is None or residual.dtype == x.dtype)
             and _has_onednn(x.dtype)

@@ -62,18 +62,23 @@ def conv_norm(
             return conv_of(conv, "conv", conv, norm)(x, activation, residual, overwrite)
         if is_plain(norm, _GROUP_NORMS) and not in_graph(conv.weight):
             x = conv_of(conv, "conv", conv)(x)
-            return group_norm(
-                x,
-                norm.num_groups,
-                norm.weight,
-                norm.bias,
-                norm.eps,
-                activation=activation,
-                residual=residual,
-                overwrite=True,
-            )
+            return group_normed(x, norm, activation, residual)
     y = conv(x) if norm is None else norm(conv(x))
     return finish(y if residual is None else y + residual, activation)
+
+
+def group_normed(x: Tensor, norm: Any, activation: str, residual: Tensor | None) -> Tensor:
+    """activation(norm(x) + residual) of an nn.GroupNorm, in x's memory: a convolution's result."""
+    return group_norm(
+        x,
+        norm.num_groups,
+        norm.weight,
+        norm.bias,
+        norm.eps,
+        activation=activation,
+        residual=residual,
+        overwrite=True,
+    )
 
 
 def _learn(*modules: nn.Module) -> bool:

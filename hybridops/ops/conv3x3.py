@@ -26,6 +26,7 @@ from ._contract import (
     check_one_device,
     check_shape,
     check_tensor,
+    is_autocast_on,
     library,
 )
 from .conv_stem import conv_reference
@@ -82,7 +83,8 @@ def conv3x3(
     stride 1 or 2. padding: zeros on all sides, or (top, left, bottom, right) of them, 0 to 2 each.
     packed: pack_conv3x3(weight, stride) or None; with it the result is channels_last, and the
     kernel serves in inference on a CPU. Raises ValueError for shapes, strides, paddings and
-    activations that do not fit, TypeError for dtypes.
+    activations that do not fit, TypeError for dtypes, RuntimeError for a `packed` of another size
+    or stride.
     """
     sides = (padding,) * 4 if isinstance(padding, int) else padding
     if packed is not None and backend.runs_at_once(x) and x.ndim == 4 and not is_small(x):
@@ -110,13 +112,15 @@ def conv3x3(
         check_tensor("conv3x3", "residual", residual, 4, x)
         shape = (x.shape[0], N, *(n // stride + 1 for n in size))
         check_shape("conv3x3", "residual", residual, shape)
-    if packed is not None and not torch.is_grad_enabled() and not is_small(x):
-        backend.which("conv3x3", x)  # counts the call, or raises where the kernel was forced
+    due = packed is not None and not is_small(x) and not torch.is_grad_enabled()
+    due = due and not is_autocast_on(x) and not backend.is_captured()
+    if due and backend.which("conv3x3", x) == "cpu":  # counts a call that no kernel serves
+        return run_packed(x, packed, N, bias, stride, sides, activation, residual)
     return conv3x3_reference(x, weight, bias, stride, sides, activation, residual)
 
 
 def is_small(x: Tensor) -> bool:
-    """Whether torch's own convolution is as exact as no other: the size is torch's choice."""
+    """Whether torch makes columns of this image, as it does up to that size: see above."""
     return x.shape[0] == 1 and x.numel() <= 20 * 32 * 32
 
 

@@ -50,7 +50,7 @@ def group_norm_reference(
 # contract: the kernel's result is (B, H, W, C)
 _ARGS = "int groups, Tensor? weight, Tensor? bias, float eps, int activation, Tensor? residual"
 library.define(f"group_norm(Tensor x, {_ARGS}) -> Tensor")
-library.define(f"group_norm_(Tensor(a!) x, {_ARGS}) -> Tensor(a!)")
+library.define(f"group_norm_(Tensor(a!) x, {_ARGS}) -> ()")
 
 
 @torch.library.register_fake("hybridops::group_norm", lib=library)
@@ -63,7 +63,6 @@ def _(x, *args):
 @torch.library.register_fake("hybridops::group_norm_", lib=library)
 def _(x, *args):
     check_one_device("group_norm_", x, *args)
-    return x
 
 
 _group_norm = torch.ops.hybridops.group_norm.default
@@ -94,7 +93,8 @@ def group_norm(
             if residual is not None:
                 residual = residual.contiguous(memory_format=torch.channels_last)
             if overwrite:
-                return _group_norm_in_place(image, groups, weight, bias, eps, code, residual)
+                _group_norm_in_place(image, groups, weight, bias, eps, code, residual)
+                return image
             y = _group_norm(image, groups, weight, bias, eps, code, residual)
             return y.permute(0, 3, 1, 2)
     check_tensor("group_norm", "x", x, 4)
