@@ -1,4 +1,4 @@
-// hybridops::conv_stem and conv_backward: see hybridops/ops/conv_stem.py for the meaning.
+// hybridops::conv_stem: see hybridops/ops/conv_stem.py for the meaning.
 //
 // A convolution is the product with its rows read in place: in a padded (H, W, C) buffer the patch
 // under an output pixel is Kh runs of Kw * C numbers, so nothing is unfolded. Images go through the
@@ -6,7 +6,7 @@
 #include <cmath>
 #include <cstring>
 
-#include "../simd/conv.h"
+#include "conv.h"
 #include "linear.h"
 
 namespace hybridops {
@@ -14,22 +14,10 @@ namespace {
 
 using simd::Depth;
 using simd::Grid;
-using simd::Image;
 using simd::Output;
 using simd::Rows;
 using simd::Type;
 using simd::Window2d;
-
-struct Sides {
-  int64_t top, left, bottom, right;
-};
-
-struct Size {
-  int64_t H, W;
-  Size after(int64_t Kh, int64_t Kw, int64_t stride, const Sides& p) const {
-    return {(H + p.top + p.bottom - Kh) / stride + 1, (W + p.left + p.right - Kw) / stride + 1};
-  }
-};
 
 struct Layer {
   const float *packed, *bias;
@@ -37,17 +25,6 @@ struct Layer {
   Sides padding;
   Size in, out;
 };
-
-Image image_of(const Tensor& x, int64_t b) {
-  return {offset(x.const_data_ptr(), type_of(x), b * x.stride(0)),
-          type_of(x),
-          x.size(1),
-          x.size(2),
-          x.size(3),
-          x.stride(1),
-          x.stride(2),
-          x.stride(3)};
-}
 
 // The rows of a (Hp, Wp, C) buffer under the output pixels of a convolution.
 Rows patches(const void* buffer, Type type, int64_t Wp, const Layer& l) {
@@ -81,14 +58,6 @@ void clear_border(void* buffer, Type type, int64_t C, const Size& inner, const S
 
 int64_t padded_floats(const Size& s, const Sides& p, int64_t C) {
   return (s.H + p.top + p.bottom) * (s.W + p.left + p.right) * C;
-}
-
-Sides sides_at(const std::vector<int64_t>& paddings, size_t i) {
-  STD_TORCH_CHECK(paddings.size() >= 4 * i + 4, "conv_stem: paddings are too few");
-  for (size_t s = 0; s < 4; ++s)
-    STD_TORCH_CHECK(paddings[4 * i + s] >= 0 && paddings[4 * i + s] <= kLargestPadding,
-                    "conv_stem: bad padding");
-  return {paddings[4 * i], paddings[4 * i + 1], paddings[4 * i + 2], paddings[4 * i + 3]};
 }
 
 // Of a pool {kernel, stride, top, left, bottom, right} over images of that size.
@@ -210,7 +179,7 @@ Tensor conv_stem(Tensor image, std::vector<Tensor> weights, std::vector<Tensor> 
   }
   for (int64_t b = 0; b < B; ++b) {
     const Layer& first = layers[0];
-    const Image source = image_of(image, b);
+    const simd::Image source = image_of(image, b);
     const int64_t Hp = first.in.H + first.padding.top + first.padding.bottom;
     parallel(Hp, [&](int64_t begin, int64_t end) {
       simd::load_padded(source, first.padding.top, first.padding.left,
@@ -241,101 +210,10 @@ Tensor conv_stem(Tensor image, std::vector<Tensor> weights, std::vector<Tensor> 
   return tokens;
 }
 
-// Patches of the padded images, as the rows that weight_gradient wants.
-struct PatchSource {
-  const Tensor& image;
-  const Layer& layer;
-  const float* buffers;  // all images, padded
-  int64_t buffer_floats;
-
-  static ChunkOfRows rows(const void* context, int64_t first, int64_t rows, float* buffer) {
-    const auto& s = *(const PatchSource*)context;
-    const Layer& l = s.layer;
-    const int64_t pixels = l.out.H * l.out.W, K = l.Kh * l.Kw * l.Ci;
-    const Window2d window{l.Kh,   l.Kw, l.stride, l.Ci, l.in.W + l.padding.left + l.padding.right,
-                          l.out.W};
-    for (int64_t done = 0; done < rows;) {
-      const int64_t b = (first + done) / pixels, at = (first + done) % pixels;
-      const int64_t n = std::min(rows - done, pixels - at);
-      simd::gather_patches(s.buffers + b * s.buffer_floats, window, at, n, buffer + done * K);
-      done += n;
-    }
-    return {buffer, Type::kFloat, K};
-  }
-};
-
-// dimage comes as (B, H, W, Ci), the order of tokens.
-std::tuple<Tensor, Tensor, Tensor> conv_backward(Tensor dz, Tensor image, Tensor weight,
-                                                 int64_t stride, std::vector<int64_t> padding,
-                                                 bool needs_dimage) {
-  const ScalarType dtype = weight.scalar_type();
-  Scratch scratch;
-  STD_TORCH_CHECK(
-      image.dim() == 4 && weight.dim() == 4 && weight.size(1) == image.size(1) && stride > 0,
-      "conv_backward: image and weight do not fit");
-  Layer l{};
-  l.Co = weight.size(0), l.Ci = weight.size(1), l.Kh = weight.size(2), l.Kw = weight.size(3);
-  l.stride = stride, l.padding = sides_at(padding, 0), l.in = {image.size(2), image.size(3)};
-  l.out = l.in.after(l.Kh, l.Kw, stride, l.padding);
-  const int64_t B = image.size(0), pixels = l.out.H * l.out.W, K = l.Kh * l.Kw * l.Ci;
-  STD_TORCH_CHECK(l.out.H > 0 && l.out.W > 0 && dz.numel() == B * pixels * l.Co &&
-                      type_of(dz) == type_of(weight),
-                  "conv_backward: dz does not fit");
-  const Type type = type_of(weight);
-  const int64_t Wp = l.in.W + l.padding.left + l.padding.right,
-                Hp = l.in.H + l.padding.top + l.padding.bottom;
-  const int64_t buffer_floats = Hp * Wp * l.Ci;
-
-  float* buffers = scratch.take(B * buffer_floats);
-  parallel(B, [&](int64_t begin, int64_t end) {
-    for (int64_t b = begin; b < end; ++b)
-      simd::load_padded(image_of(image, b), l.padding.top, l.padding.left, Wp, 0, Hp,
-                        buffers + b * buffer_floats, Type::kFloat);
-  });
-  const RowView gradients(dz);
-  Tensor rows = empty({l.Co, K}, dtype), dbias = empty({l.Co}, dtype);  // (Co, Kh, Kw, Ci)
-  const PatchSource source{image, l, buffers, buffer_floats};
-  weight_gradient(gradients, l.Co, K, PatchSource::rows, &source, rows, dbias);
-  Tensor dweight = torch::stable::contiguous(torch::stable::transpose(
-      torch::stable::transpose(torch::stable::view(rows, {l.Co, l.Kh, l.Kw, l.Ci}), 2, 3), 1, 2));
-  if (!needs_dimage) return {empty({0}, dtype), dweight, dbias};
-
-  Tensor dimage = empty({B, l.in.H, l.in.W, l.Ci}, dtype);
-  const Tensor w = torch::stable::contiguous(
-      torch::stable::transpose(torch::stable::transpose(weight, 1, 2), 2, 3));
-  const float* packed =
-      pack_weight(scratch, w.const_data_ptr(), type, 1, K, K, {Type::kFloat, l.Co});
-  const Window2d window{l.Kh, l.Kw, stride, l.Ci, Wp, l.out.W};
-  void* to = dimage.mutable_data_ptr();
-  parallel(B, [&](int64_t begin, int64_t end) {
-    Scratch own;
-    float* sums = own.take(buffer_floats);
-    float* dpatches = own.take(l.out.W * K);
-    float* row = own.take(l.out.W * l.Co);
-    for (int64_t b = begin; b < end; ++b) {
-      std::fill(sums, sums + buffer_floats, 0.0f);
-      for (int64_t ho = 0; ho < l.out.H;
-           ++ho) {  // patches overlap: one thread adds up an image in order
-        const int64_t first = b * pixels + ho * l.out.W;
-        simd::to_float(offset(gradients.data, type, first * gradients.stride), type,
-                       gradients.stride, l.out.W, l.Co, row, l.Co);
-        simd::product(Rows{row, Type::kFloat, simd::plain_rows(l.Co), l.Co}, 0, l.out.W, packed, K,
-                      0, simd::panel_count(K), Output{dpatches, Type::kFloat, simd::plain_rows(K)});
-        simd::scatter_patches(dpatches, window, ho * l.out.W, l.out.W, sums);
-      }
-      const int64_t run = l.in.W * l.Ci;
-      simd::from_float(sums + (l.padding.top * Wp + l.padding.left) * l.Ci, Wp * l.Ci, l.in.H, run,
-                       offset(to, type, b * l.in.H * run), type, run);
-    }
-  });
-  return {dimage, dweight, dbias};
-}
-
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(hybridops, CPU, m) {
   m.impl("conv_stem", TORCH_BOX(&conv_stem));
-  m.impl("conv_backward", TORCH_BOX(&conv_backward));
 }
 
 }  // namespace hybridops

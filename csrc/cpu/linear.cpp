@@ -43,6 +43,7 @@ constexpr int64_t kRowBlock =
 // A weight gradient takes so many tokens at a time, and so many columns of dz. With 256 tokens the
 // sums of fp32 are too long for the error rule: 11 times torch's error in Twins' qkv bias.
 constexpr int64_t kGradientChunk = 128, kGradientColumns = 192;
+constexpr int64_t kSmallGradient = 1 << 16;  // numbers: half of a 512 KB L2
 
 // How a product of M rows and P panels is cut into tasks.
 struct Split {
@@ -266,55 +267,99 @@ void linear_pair(const RowView& x, const LinearWeights& up, int64_t activation,
   });
 }
 
+namespace {
+
+// What one thread adds up of a weight gradient: rows [m, m_end) of dz and x, columns [n, n_end) of
+// dz, panels [panel, panel_end) of x.
+struct Part {
+  int64_t m, m_end, n, n_end, panel, panel_end;
+};
+
+// sums (N, K) and, where it is not null, bias (N), of that part.
+void add_up(const RowView& dz, int64_t K, RowChunk chunk, const void* context, const Part& part,
+            float* sums, float* bias) {
+  Scratch scratch;
+  // The chunk of dz is read down its columns: an odd number of cache lines per row uses every
+  // cache set.
+  const int64_t width = std::min(kGradientColumns, part.n_end - part.n);
+  const int64_t stride_dz = (divide_up(width, 16) | 1) * 16;
+  float* gradients = scratch.take(kGradientChunk * stride_dz);
+  float* columns = scratch.take(width * kGradientChunk);  // bf16: dz transposed
+  float* buffer = scratch.take(kGradientChunk * K);
+  float* packed = scratch.take(simd::packed_floats(K, {Type::kFloat, kGradientChunk}));
+  if (bias) std::fill(bias + part.n, bias + part.n_end, 0.0f);
+  for (int64_t m = part.m; m < part.m_end; m += kGradientChunk) {
+    const int64_t rows = std::min(kGradientChunk, part.m_end - m);
+    const ChunkOfRows x = chunk(context, m, rows, buffer);
+    simd::pack(x.data, x.type, x.stride, 1, {x.type, rows}, K, part.panel, part.panel_end, packed);
+    for (int64_t n = part.n; n < part.n_end; n += width) {
+      const int64_t count = std::min(width, part.n_end - n);
+      const void* dz_rows = offset(dz.data, dz.type, m * dz.stride + n);
+      simd::to_float(dz_rows, dz.type, dz.stride, rows, count, gradients, stride_dz);
+      if (bias) simd::add_rows(gradients, stride_dz, rows, count, bias + n);
+      float* to = sums + n * K;
+      if (x.type == Type::kFloat) {
+        simd::product_transposed(gradients, stride_dz, count, rows, packed, K, part.panel,
+                                 part.panel_end, to, K, m > part.m);
+        continue;
+      }
+      simd::transpose_bf16(dz_rows, dz.stride, rows, count, columns, kGradientChunk);
+      Output output{to, Type::kFloat, plain_rows(K)};
+      if (m > part.m) output.residual = to, output.residual_grid = plain_rows(K);
+      simd::product(Rows{columns, x.type, plain_rows(kGradientChunk), rows}, 0, count, packed, K,
+                    part.panel, part.panel_end, output);
+    }
+  }
+}
+
+// y (n) = the sum of `parts` rows of x, in order.
+void collect(const float* x, int64_t parts, int64_t n, void* y, Type type) {
+  constexpr int64_t kAtOnce = 1 << 12;
+  parallel(divide_up(n, kAtOnce), [&](int64_t begin, int64_t end) {
+    Scratch scratch;
+    float* sums = scratch.take(kAtOnce);
+    for (int64_t i = begin * kAtOnce; i < std::min(end * kAtOnce, n); i += kAtOnce) {
+      const int64_t count = std::min(kAtOnce, n - i);
+      std::fill(sums, sums + count, 0.0f);
+      simd::add_rows(x + i, n, parts, count, sums);
+      simd::from_float(sums, count, 1, count, offset(y, type, i), type, count);
+    }
+  });
+}
+
+}  // namespace
+
 void weight_gradient(const RowView& dz, int64_t N, int64_t K, RowChunk chunk, const void* context,
                      Tensor& dweight, Tensor& dbias) {
-  const int64_t M = dz.rows, tile = simd::row_tile();
-  const int64_t per_task = std::max(divide_up(divide_up(N, threads()), tile) * tile, tile);
+  const int64_t M = dz.rows, P = simd::panel_count(K), tile = simd::row_tile();
   const Type type = type_of(dweight);
-  parallel(divide_up(N, per_task), [&](int64_t begin, int64_t end) {
-    const int64_t first = begin * per_task, last = std::min(end * per_task, N);
-    Scratch scratch;
-    // The chunk of dz is read down its columns: an odd number of cache lines per row uses every
-    // cache set.
-    const int64_t width = std::min(kGradientColumns, last - first);
-    const int64_t stride_dz = (divide_up(width, 16) | 1) * 16;
-    float* gradients = scratch.take(kGradientChunk * stride_dz);
-    float* columns = scratch.take(width * kGradientChunk);  // bf16: dz transposed
-    float* buffer = scratch.take(kGradientChunk * K);
-    float* packed = scratch.take(simd::packed_floats(K, {Type::kFloat, kGradientChunk}));
-    float* bias = scratch.take(last - first);
-    std::fill(bias, bias + last - first, 0.0f);
-    float* sums = type == Type::kFloat ? (float*)dweight.mutable_data_ptr() + first * K
-                                       : scratch.take((last - first) * K);
-    if (M == 0) std::fill(sums, sums + (last - first) * K, 0.0f);
-    for (int64_t m = 0; m < M; m += kGradientChunk) {
-      const int64_t rows = std::min(kGradientChunk, M - m);
-      const ChunkOfRows x = chunk(context, m, rows, buffer);
-      simd::pack(x.data, x.type, x.stride, 1, {x.type, rows}, K, 0, simd::panel_count(K), packed);
-      for (int64_t n = first; n < last; n += width) {
-        const int64_t count = std::min(width, last - n);
-        const void* dz_rows = offset(dz.data, dz.type, m * dz.stride + n);
-        simd::to_float(dz_rows, dz.type, dz.stride, rows, count, gradients, stride_dz);
-        simd::add_rows(gradients, stride_dz, rows, count, bias + n - first);
-        float* to = sums + (n - first) * K;
-        if (x.type == Type::kFloat) {
-          simd::product_transposed(gradients, stride_dz, count, rows, packed, K, to, K, m > 0);
-          continue;
-        }
-        simd::transpose_bf16(dz_rows, dz.stride, rows, count, columns, kGradientChunk);
-        Output output{to, Type::kFloat, plain_rows(K)};
-        if (m > 0) output.residual = to, output.residual_grid = plain_rows(K);
-        simd::product(Rows{columns, x.type, plain_rows(kGradientChunk), rows}, 0, count, packed, K,
-                      0, simd::panel_count(K), output);
+  // Small gradients are summed over parts of the rows, so that no two threads pack the same rows.
+  // How many follows from the shape alone, and so do the bits.
+  const int64_t chunks = divide_up(M, kGradientChunk);
+  const int64_t parts = N * K <= kSmallGradient ? std::clamp<int64_t>(chunks / 4, 1, 16) : 1;
+  const bool in_place = parts == 1 && M > 0 && type == Type::kFloat;
+  Scratch scratch;
+  float* sums = in_place ? (float*)dweight.mutable_data_ptr() : scratch.take(parts * N * K);
+  float* bias = scratch.take(parts * N);
+  const auto add = [&](const Part& part, int64_t p, bool with_bias) {
+    add_up(dz, K, chunk, context, part, sums + p * N * K, with_bias ? bias + p * N : nullptr);
+  };
+  if (parts > 1) {
+    parallel(parts, [&](int64_t begin, int64_t end) {
+      for (int64_t p = begin; p < end; ++p) {
+        const int64_t first = p * chunks / parts, last = (p + 1) * chunks / parts;
+        add({first * kGradientChunk, std::min(last * kGradientChunk, M), 0, N, 0, P}, p, true);
       }
-    }
-    const int64_t count = last - first;
-    if (type != Type::kFloat)
-      simd::from_float(sums, K, count, K, offset(dweight.mutable_data_ptr(), type, first * K), type,
-                       K);
-    simd::from_float(bias, count, 1, count, offset(dbias.mutable_data_ptr(), type, first), type,
-                     count);
-  });
+    });
+  } else if (K > N) {
+    parallel(P, [&](int64_t begin, int64_t end) { add({0, M, 0, N, begin, end}, 0, begin == 0); });
+  } else {
+    parallel(divide_up(N, tile), [&](int64_t begin, int64_t end) {
+      add({0, M, begin * tile, std::min(end * tile, N), 0, P}, 0, true);
+    });
+  }
+  if (!in_place) collect(sums, M > 0 ? parts : 0, N * K, dweight.mutable_data_ptr(), type);
+  collect(bias, M > 0 ? parts : 0, N, dbias.mutable_data_ptr(), type);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(hybridops, CPU, m) {

@@ -236,8 +236,10 @@ void attention_backward(const Head& h, HeadRows q, HeadRows k, HeadRows v, HeadR
     const Depth block_depth{Type::kFloat, rows};
     pack(queries, Type::kFloat, h.D, 1, block_depth, h.D, 0, panel_count(h.D), q_packed);
     pack(gradients, Type::kFloat, h.Dv, 1, block_depth, h.Dv, 0, panel_count(h.Dv), dy_packed);
-    product_transposed(dp, stride, h.Nk, rows, q_packed, h.D, dk, h.D, begin > 0);
-    product_transposed(p, stride, h.Nk, rows, dy_packed, h.Dv, dv, h.Dv, begin > 0);
+    product_transposed(dp, stride, h.Nk, rows, q_packed, h.D, 0, panel_count(h.D), dk, h.D,
+                       begin > 0);
+    product_transposed(p, stride, h.Nk, rows, dy_packed, h.Dv, 0, panel_count(h.Dv), dv, h.Dv,
+                       begin > 0);
     const Output output{dq + begin * h.D, Type::kFloat, plain_rows(h.D)};
     multiply_all(dp, stride, keys, rows, k_rows, h.D, output);
   }

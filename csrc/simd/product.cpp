@@ -356,9 +356,10 @@ void plain_product(const void* a, int64_t stride_a, int64_t M, const Depth& K, c
 }
 
 void product_transposed(const float* a, int64_t stride_a, int64_t M, int64_t K, const float* packed,
-                        int64_t N, float* c, int64_t stride_c, bool accumulate) {
+                        int64_t N, int64_t panel_begin, int64_t panel_end, float* c,
+                        int64_t stride_c, bool accumulate) {
   const Panels panels(N);
-  for (int64_t p = 0; p < panels.count; ++p) {
+  for (int64_t p = panel_begin; p < panel_end; ++p) {
     const int64_t first = panels.offset(p) * kLanes;
     for_tiles(
         panels.width(p), 0, M,

@@ -77,9 +77,10 @@ void plain_product(const void* a, int64_t stride_a, int64_t M, const Depth& K, c
 int64_t padded_columns(int64_t N);
 
 // c (M, N) = or += a.T * packed, with a (K, M) in rows of `stride_a` numbers and c in rows of
-// `stride_c`.
+// `stride_c`; those of c's columns that the panels hold.
 void product_transposed(const float* a, int64_t stride_a, int64_t M, int64_t K, const float* packed,
-                        int64_t N, float* c, int64_t stride_c, bool accumulate);
+                        int64_t N, int64_t panel_begin, int64_t panel_end, float* c,
+                        int64_t stride_c, bool accumulate);
 
 // x (rows, n) of bf16 as its transpose y (n, rows), rows of y `stride_y` apart; an odd number of
 // rows gains one of zeros.
