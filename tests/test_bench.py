@@ -429,11 +429,15 @@ def test_the_floor_of_a_model_is_its_products():
     assert floor.backend.startswith("4, ")
     assert floor.verdict in ("FAST", "SAME", "SLOW", "AMBIGUOUS"), floor.reason
     assert floor.error_ratio == 1  # eager's answer, as it says
-    for mode in ("train", "infer"):
-        other = model_task("floor", model, size=16, mode=mode)
+    task = model_task("floor", model, size=16, batch=2, mode="train")
+    ours, floor = measure.measure(task, ["products"], QUICK)
+    assert floor.backend.startswith("8, ")  # each with its gradients
+    assert floor.error_ratio == 1
+    for mode, dtype in (("train", "bf16"), ("infer", "fp32")):
+        other = model_task("floor", model, size=16, mode=mode, dtype=dtype)
         other.kind = "model" if mode == "train" else "op"
         other.set_inputs(0)
-        with pytest.raises(Skip, match="inference on a CPU only"):
+        with pytest.raises(Skip, match="of a model on a CPU only"):
             peers.build("products", other)
 
 

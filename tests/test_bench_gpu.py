@@ -186,12 +186,17 @@ def test_a_frozen_model_is_a_case_of_its_own(tiny):
     assert frozen[0].case == f"{plain[0].case} frozen"
     assert frozen[0].key() != plain[0].key()
     assert frozen[0].repro.replace(" --freeze", "") == plain[0].repro
+    (offloaded, _) = rehearsed(peers=["eager"], offload=True)
+    assert offloaded.verdict == "OK"
+    assert offloaded.case == f"{plain[0].case} offloaded"
+    assert offloaded.repro.replace(" --offload", "") == plain[0].repro
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
         ({"freeze": True, "mode": ["infer", "train"]}, "for inference"),
+        ({"offload": True, "mode": ["train"]}, "for inference"),
         ({"graph": True}, "captured on a GPU"),
         ({"graph": True, "device": "cuda", "mode": ["train"]}, "captured on a GPU"),
         ({"device": "cuda", "metric": ["peak-mem"]}, "not of a GPU"),

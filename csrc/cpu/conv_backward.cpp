@@ -209,8 +209,6 @@ std::tuple<Tensor, Tensor, Tensor> conv_backward(Tensor dz, Tensor image, Tensor
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(hybridops, CPU, m) {
-  m.impl("conv_backward", TORCH_BOX(&conv_backward));
-}
+STABLE_TORCH_LIBRARY_IMPL(hybridops, CPU, m) { m.impl("conv_backward", TORCH_BOX(&conv_backward)); }
 
 }  // namespace hybridops

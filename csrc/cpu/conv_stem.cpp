@@ -212,8 +212,6 @@ Tensor conv_stem(Tensor image, std::vector<Tensor> weights, std::vector<Tensor> 
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(hybridops, CPU, m) {
-  m.impl("conv_stem", TORCH_BOX(&conv_stem));
-}
+STABLE_TORCH_LIBRARY_IMPL(hybridops, CPU, m) { m.impl("conv_stem", TORCH_BOX(&conv_stem)); }
 
 }  // namespace hybridops

@@ -180,13 +180,15 @@ def model_jobs(
     device: str = "cpu",
     graph: bool = False,
     freeze: bool = False,
+    offload: bool = False,
     target: Mapping[str, Any] | None = None,
     rehearsal: bool = False,
 ) -> list[Job]:
     """A job for every combination; a model is built once for all jobs of one size.
 
-    size: sides, or "HxW". graph: ours replays a CUDA graph. freeze: as for optimize(). later,
-    target: see above. rehearsal: the same on two small images on the CPU, whatever the device.
+    size: sides, or "HxW". graph: ours replays a CUDA graph. freeze: as for optimize(); offload
+    too, which freezes. later, target: see above. rehearsal: the same on two small images on the
+    CPU, whatever the device.
     Raises ValueError for an unknown name, dtype, mode, metric or peer, and for a bad size.
     """
     name = full_name(name)
@@ -199,6 +201,7 @@ def model_jobs(
         raise ValueError("peak-mem is the memory of a process, not of a GPU")
     if graph and (device != "cuda" or tuple(mode) != ("infer",)):
         raise ValueError("graph: a CUDA graph is captured on a GPU, of inference")
+    freeze = freeze or offload
     if freeze and tuple(mode) != ("infer",):
         raise ValueError("freeze: a snapshot is taken for inference")
     peers = tuple(peers or MODEL_PEERS)
@@ -225,6 +228,7 @@ def model_jobs(
             device=device,
             graph=graph,
             freeze=freeze,
+            offload=offload,
         )
         task.rehearsal = rehearsal
         return task
@@ -234,7 +238,8 @@ def model_jobs(
         make = partial(task, s, b, d, m, count)
         title = f"{name} {m} {d} batch {b}"
         how = f"{written(s) if s else ''} {count} threads {','.join(metric)}"
-        how += f" {device}" * (device != "cpu") + " graph" * graph + " frozen" * freeze
+        how += f" {device}" * (device != "cpu") + " graph" * graph
+        how += " offloaded" if offload else " frozen" * freeze
         job = Job(title, make, peers, "peak-mem" in metric, asked.get(m, ()), how, "model")
         jobs += _now_and_later(job, later)
     return jobs
@@ -263,7 +268,7 @@ def suite_jobs(path: Path, *, rehearsal: bool = False) -> list[Job]:
             if not isinstance(entry, dict) or "name" not in entry:
                 raise BadSuite(f"{where} has no name")
             single = {"name", "backend", "layout", "seed", "device", "target", "graph"}
-            single |= {"freeze", "first"}
+            single |= {"freeze", "offload", "first"}
             options = {
                 k: v if k in single or isinstance(v, list) else [v] for k, v in entry.items()
             }

@@ -7,7 +7,6 @@ candidates in one process could not be told apart.
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import importlib
 import json
@@ -17,6 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from ..optimize.explain import build
+from ..optimize.offload import trim
 from . import peers
 from .model_task import build_model, model_task, read_size
 from .result import Row
@@ -36,7 +36,8 @@ def measure_memory(task: Task, rows: list[Row], progress=lambda share, text: Non
         spec = {
             **{k: getattr(row, k) for k in ("name", "dtype", "mode", "batch", "threads")},
             "size": size,
-            "freeze": how == ["frozen"],
+            "freeze": bool(how),
+            "offload": how == ["offloaded"],
             "candidate": None if row.ours else row.candidate,
         }
         row.peak_mb = _ask(spec)
@@ -77,6 +78,7 @@ def child() -> None:
             mode=spec["mode"],
             threads=spec["threads"],
             freeze=spec["freeze"],
+            offload=spec["offload"],
         )
         del model
         task.set_inputs(0)
@@ -88,17 +90,11 @@ def child() -> None:
         with candidate.world():
             candidate.run()
             gc.collect()
-            _trim()
+            trim()
             Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
             candidate.run()
             candidate.run()
     print(json.dumps({"peak_mb": (_resident("VmHWM") - base) / 1024}))
-
-
-def _trim() -> None:
-    """Give freed memory back to the system, where the C library can."""
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _resident(key: str) -> int:

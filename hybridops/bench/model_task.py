@@ -112,10 +112,12 @@ def model_task(
     device: str = "cpu",
     graph: bool = False,
     freeze: bool = False,
+    offload: bool = False,
 ) -> Task:
     """The task of running `model`, which stays as it is, on `batch` images of that size.
 
-    device: where the model is. graph: ours replays a CUDA graph. freeze: as for optimize().
+    device: where the model is. graph: ours replays a CUDA graph. freeze, offload: as for
+    optimize().
     """
     native = type(model).__module__.startswith("hybridops.")
     height, width = _sides(size)
@@ -128,15 +130,16 @@ def model_task(
     def ours(task: Task) -> Candidate:
         if graph:
             return captured(task, optimized(task, freeze=freeze))
-        return through(task, "auto", freeze)
+        return through(task, "auto", freeze, offload)
 
     repro = f"hybridops bench model {name} --batch {batch} --size {written(size)} --dtype {dtype}"
     repro += " --device cuda" * (device == "cuda") + " --graph" * graph
-    repro += " --freeze" * freeze
+    how = "offload" if offload else "freeze"
+    repro += f" --{how}" * freeze
     return Task(
         kind="model",
         name=name,
-        case=written(size) + " frozen" * freeze,
+        case=written(size) + (" offloaded" if offload else " frozen" * freeze),
         dtype=dtype,
         mode=mode,
         threads=threads,
@@ -150,24 +153,28 @@ def model_task(
     )
 
 
-def optimized(task: Task, backend: str = "auto", *, freeze: bool = False) -> nn.Module:
+def optimized(
+    task: Task, backend: str = "auto", *, freeze: bool = False, offload: bool = False
+) -> nn.Module:
     """An optimized copy of the task's model, in the task's dtype and mode."""
     twin = task.cast_module()
     mode = "train" if task.mode == "train" else "inference"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # built of our modules: nothing to replace is no news
         twin.train(mode == "train")
-        return optimize(twin, mode, freeze=freeze, backend=backend, strict=False)
+        how: Any = {"freeze": freeze, "offload": offload, "backend": backend}
+        return optimize(twin, mode, strict=False, **how)
 
 
-def through(task: Task, backend: str, freeze: bool = False) -> Candidate:
+def through(task: Task, backend: str, freeze: bool = False, offload: bool = False) -> Candidate:
     """Ours with one backend forced, or with "auto" through those that the table chooses."""
     skip_unless_there(backend)
     if backend != "auto":
         world = partial(backends.use, backend)
         return task.candidate("hybridops", optimized(task), backend, world=world)
     ran = "cpu, frozen" if freeze else "cpu"
-    candidate = task.candidate("hybridops", optimized(task, freeze=freeze), ran)
+    twin = optimized(task, freeze=freeze, offload=offload)
+    candidate = task.candidate("hybridops", twin, ran)
     return naming_what_ran(candidate) if task.on_gpu else candidate
 
 

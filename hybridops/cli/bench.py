@@ -90,6 +90,7 @@ def _model(arguments: argparse.Namespace) -> int:
             device=arguments.device,
             graph=arguments.graph,
             freeze=arguments.freeze,
+            offload=arguments.offload,
             rehearsal=arguments.dry_run,
         )
     ]
@@ -294,6 +295,9 @@ def add_arguments(bench: argparse.ArgumentParser) -> None:
     model.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     model.add_argument("--graph", action="store_true", help="ours as a CUDA graph")
     model.add_argument("--freeze", action="store_true", help="ours as a snapshot: optimize(freeze)")
+    model.add_argument(
+        "--offload", action="store_true", help="the same, its weights in a file: optimize(offload)"
+    )
     _dry_run(model)
     _common(model, "eager, compile")
 

@@ -26,6 +26,7 @@ from .attentions import is_attention, tell_parts, why_torchs
 from .callers import holders_of
 from .fast import Fast, dotted, original_class
 from .folded import unfolded
+from .offload import Offload, is_possible
 from .plan import PLAN, Plan
 from .wrapped import restored_class
 
@@ -71,6 +72,7 @@ class Journal:
     served: Counter[tuple[str, str]] = field(default_factory=Counter)  # backend.served likewise
     verification: Any = None
     handles: list[Any] = field(default_factory=list)
+    offload: Offload | None = None
 
 
 def optimize(
@@ -78,6 +80,7 @@ def optimize(
     mode: str = "inference",
     fold: bool = True,
     freeze: bool = False,
+    offload: bool = False,
     precision: str = "exact",
     exclude: str | Sequence[str] = (),
     filter_fn: Filter | None = None,
@@ -96,6 +99,11 @@ def optimize(
         changed weights, settings and hooks (layers left to torch do). Saves a tenth of a small
         model's time at batch 1, of a large one next to nothing. model.load_state_dict() takes a
         new snapshot; after any other change call refresh(model).
+    offload: True moves a frozen model's large weights into a file without a name in the directory
+        for temporary files (TMPDIR; the file takes as much of it as the weights do), so that memory
+        holds them once, as the kernels read them. They come back as they are read (state_dict(),
+        restore()), and the system may let them go again. Tensors that shared their memory do no
+        longer. On a CPU, where files can be mapped; OSError where there is no room for the file.
     precision: "exact": the model's own dtype, fp32 accumulation, error at most 2x torch's own.
     exclude: glob patterns of names ("head*", "blocks.0"): what matches, all below it, and whatever
         would bypass it stay as they are.
@@ -114,7 +122,7 @@ def optimize(
     Raises ValueError for unknown options, BackendUnavailable for a backend that this process does
     not have.
     """
-    options = {"mode": mode, "fold": fold, "freeze": freeze}
+    options = {"mode": mode, "fold": fold, "freeze": freeze, "offload": offload}
     options |= {"precision": precision, "backend": backend}
     _check_options(model, options, example, verify)
     rules.load_plugins()
@@ -146,14 +154,19 @@ def optimize(
             journal.handles.append(model.register_load_state_dict_post_hook(_refresh_loaded))
         model.__dict__[JOURNAL] = journal
     journal.layers = layers
-    if verify:
-        from .verify import verify as check  # verify needs restore
+    try:
+        if offload and journal.offload is None:
+            journal.offload = Offload()
+            leave = model.register_forward_hook(journal.offload.leave)
+            journal.handles += [journal.offload, leave]
+            journal.offload.move(model)
+        if verify:
+            from .verify import verify as check  # verify needs restore
 
-        try:
             check(model, example, raises=True)
-        except Exception:
-            restore(model)
-            raise
+    except Exception:
+        restore(model)
+        raise
     return model
 
 
@@ -181,6 +194,9 @@ def refresh(model: Model) -> Model:
     """
     for _, module in replaced(model):
         _derived.clear(module)
+    journal = model.__dict__.get(JOURNAL)
+    if journal is not None and journal.offload is not None:
+        journal.offload.read = True
     return model
 
 
@@ -298,6 +314,8 @@ def _check_options(model, options, example, verify):
         )
     if options["freeze"] and not (options["mode"] == "inference" and options["fold"]):
         raise ValueError("optimize: freeze=True needs mode='inference' and fold=True")
+    if options["offload"]:
+        _check_offload(model, options["freeze"])
     if options["precision"] != "exact":
         raise ValueError(f"optimize: precision must be 'exact', got {options['precision']!r}")
     if verify and example is None:
@@ -305,6 +323,16 @@ def _check_options(model, options, example, verify):
     if options["backend"] != "auto":
         with backends.use(options["backend"]):  # raises for unknown and for absent ones
             pass
+
+
+def _check_offload(model, freeze):
+    if not freeze:
+        raise ValueError("optimize: offload=True needs freeze=True")
+    elsewhere = {t.device.type for t in model.parameters()} - {"cpu"}
+    if elsewhere:
+        raise ValueError(f"optimize: offload=True needs weights on the CPU, got {elsewhere.pop()}")
+    if not is_possible():
+        raise ValueError("optimize: offload=True needs a system that maps files, such as Linux")
 
 
 def _check_patterns(model, patterns, strict):

@@ -3,10 +3,11 @@
 The model runs once to see what it multiplies: every linear layer and every convolution that is not
 grouped, in order, with the weights that it has; attention's own products are left out. Each of them
 then runs by itself, on numbers that are in cache, with its weights packed before, by torch or by
-ours, whichever is faster for that shape. No library takes less as long as its products are no
-faster than these; what ours takes longer is attention, norms, activations, data that moves, and
-Python. Here, too, each product is a call from Python, and writes to memory: of a small model at
-batch 1 that is some per cent. The answer that is checked is eager's, since there is none here.
+ours, whichever is faster for that shape; in training the products of its gradients follow it. No
+library takes less as long as its products are no faster than these; what ours takes longer is
+attention, norms, activations, data that moves, and Python. Here, too, each product is a call from
+Python, and writes to memory: of a small model at batch 1 that is some per cent. The answer that is
+checked is eager's, since there is none here.
 """
 
 from __future__ import annotations
@@ -33,11 +34,11 @@ _ROUNDS, _SECONDS = 5, 1e-3  # in turn, that long each: the least decides
 
 
 def build(task: Task) -> Candidate:
-    if task.kind != "model" or task.differentiates or task.on_gpu:
-        raise Skip("of a model's inference on a CPU only")
+    if task.kind != "model" or task.autocast or task.on_gpu:
+        raise Skip("of a model on a CPU only, and in training of fp32")
     plain = eager.build(task)
     module = task.cast_module()
-    seen = _Products()
+    seen = _Products(task.differentiates)
     with torch.no_grad(), task.world(), seen:
         module(*task.inputs)
     fastest: dict[tuple, str] = {}
@@ -49,8 +50,9 @@ def build(task: Task) -> Candidate:
             calls.append(ways[fastest[shape]])
 
     def run() -> None:
-        for call in calls:
-            call()
+        with torch.inference_mode():
+            for call in calls:
+                call()
 
     by_ours = sum(fastest[shape] != "torch" for shape, _ in seen.found)
     ran = f"{len(calls)}, {by_ours} by ours"
@@ -65,8 +67,9 @@ class _OneDnns(Conv):
 class _Products(TorchDispatchMode):
     """Finds the products that run inside: the shape of each, and the ways to run it."""
 
-    def __init__(self) -> None:
+    def __init__(self, with_gradients: bool) -> None:
         super().__init__()
+        self.with_gradients = with_gradients
         self.found: list[tuple[tuple, dict[str, Call]]] = []
         self.operands: dict[tuple, Tensor] = {}  # left-hand sides, shared by all of a shape
 
@@ -92,6 +95,18 @@ class _Products(TorchDispatchMode):
             ours = torch.ops.hybridops.linear.default
             ways["ours"] = partial(ours, x, weight, None, packed, *nothing)
         self.found.append((("linear", *x.shape, b.shape[1]), ways))
+        if self.with_gradients:
+            dx, dweight = self.like("dx", x), self.like("dweight", weight)
+
+            def torchs() -> None:
+                torch.mm(out, weight, out=dx)
+                torch.mm(out.t(), x, out=dweight)
+
+            ours = torch.ops.hybridops.linear_backward.default
+            ways = {"torch": torchs}
+            if packed is not None:
+                ways["ours"] = partial(ours, out, x, weight)
+            self.found.append((("linear gradients", *x.shape, b.shape[1]), ways))
 
     def convolution(self, x: Tensor, weight: Tensor, stride, padding, dilation) -> None:
         if 0 in (*x.shape, *weight.shape):
@@ -100,7 +115,7 @@ class _Products(TorchDispatchMode):
         geometry = (tuple(stride), tuple(padding), tuple(dilation))
         ways: dict[str, Call] = {"torch": partial(_OneDnns(weight, None, *geometry), x)}
         conv = Conv(weight, None, *geometry)
-        if conv.filters(x):
+        if conv.filters(x) and not self.with_gradients:
             ways["conv3x3"] = partial(conv, x)
         packed = pack_conv(weight)
         if packed is not None and stride[0] == stride[1] and tuple(dilation) == (1, 1):
@@ -108,7 +123,30 @@ class _Products(TorchDispatchMode):
             layer = ConvLayer(weight, bias, stride[0], tuple(padding) * 2, packed=packed)
             ways["ours"] = partial(conv_stem, x, [layer], layout="image")
         shape = ("conv", *x.shape, *weight.shape, *stride, *padding, *dilation)
+        first = not self.found
         self.found.append((shape, ways))
+        if self.with_gradients:
+            ways = self.conv_gradients(x, weight, *geometry, needs_dimage=not first)
+            self.found.append((("conv gradients", first, *shape[1:]), ways))
+
+    def conv_gradients(self, x, weight, stride, padding, dilation, needs_dimage):
+        H, W = (
+            (n + 2 * p - d * (k - 1) - 1) // s + 1
+            for n, p, d, k, s in zip(
+                x.shape[2:], padding, dilation, weight.shape[2:], stride, strict=True
+            )
+        )
+        B, Co = len(x), len(weight)
+        dz = self.like("dz", x.new_empty(B, H * W, Co))
+        image = dz.unflatten(1, (H, W)).permute(0, 3, 1, 2)
+        torchs = partial(torch.ops.aten.convolution_backward, image, x, weight, None, stride)
+        rest = (padding, dilation, False, (0, 0), 1, (needs_dimage, True, False))
+        ways: dict[str, Call] = {"torch": partial(torchs, *rest)}
+        if stride[0] == stride[1] and tuple(dilation) == (1, 1) and pack_conv(weight) is not None:
+            ours = torch.ops.hybridops.conv_backward.default
+            sides = [*padding, *padding]
+            ways["ours"] = partial(ours, dz, x, weight, stride[0], sides, needs_dimage)
+        return ways
 
     def like(self, role: str, x: Tensor) -> Tensor:
         key = (role, x.dtype, *x.shape)
