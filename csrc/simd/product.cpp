@@ -174,7 +174,9 @@ struct TransposedTile {
   template <int MR, int NV>
   __attribute__((noinline)) void operator()(int64_t m) const {
     float* y = c + m * stride_c + column;
-    HYBRIDOPS_UNROLL for (int i = 0; i < MR; ++i) fetch_row<NV>(y + i * stride_c);
+    if (accumulate) {
+      HYBRIDOPS_UNROLL for (int i = 0; i < MR; ++i) fetch_row<NV>(y + i * stride_c);
+    }
     Tile<MR, NV> tile = {};
     multiply_transposed<MR, NV>(tile, a + m, stride_a, panel, K);
     // What was there is added last: rounding errors of these K products stay their own.
