@@ -47,8 +47,8 @@ int64_t slots(const Depth& K) {
   return K.runs * (K.type == Type::kBFloat16 ? (K.length + 1) / 2 : K.length);
 }
 
-// What a tile reads of a row when its sums are done, fetched before they begin: a look into L3 takes
-// as long as a fifth of a tile.
+// What a tile reads of a row when its sums are done, fetched before they begin: a look into L3
+// takes as long as a fifth of a tile.
 template <int NV, class T>
 HYBRIDOPS_INLINE void fetch_row(const T* row) {
   HYBRIDOPS_UNROLL for (int line = 0; line <= NV * kLanes * (int)sizeof(T) / 64; ++line)
