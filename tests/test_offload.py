@@ -72,6 +72,8 @@ def test_computes_the_same_and_comes_back(model, x):
 def test_memory_holds_what_is_read_alone(model, x):
     optimize(model, freeze=True, offload=True)
     weight = model.blocks[0].mlp.fc1.weight
+    called(model.train(), x)
+    model.eval()
     large = sum(p.numel() * 4 for p in model.parameters() if p.numel() >= 1 << 14) // 1024
     called(model, x)
     in_memory, in_file = resident(weight)

@@ -42,8 +42,10 @@ class Offload:
         return Offload, ()
 
     def move(self, model: nn.Module) -> None:
-        """Move every large weight and buffer on the CPU. Raises OSError where no file
-        of that size can be made, before anything changes."""
+        """Move every large weight and buffer on the CPU.
+
+        Raises OSError where no file of that size can be made, before any of them moves.
+        """
         for module in model.modules():
             _derived.clear(module)  # which would keep the old memory alive
         storages = {s.data_ptr(): s for s in map(Tensor.untyped_storage, _tensors(model))}
@@ -73,8 +75,8 @@ class Offload:
             self.memory.madvise(mmap.MADV_DONTNEED)
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        """A forward hook of the model."""
-        if self.read:
+        """A forward hook of the model, which folds and packs in its first call in inference."""
+        if self.read and not module.training:
             self.drop()
             self.read = False
 
