@@ -17,9 +17,11 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 TESTS = ["tests/test_ops.py", "tests/test_ops_layouts.py", "tests/test_cpu_backward.py"]
-# every case in both dtypes, and the layout matrix where inputs or gradient have gaps
-SELECTION = "(test_matches and cpu) or test_views or (test_layout and sliced and transposed)"
-SELECTION += " or backward_is_as_right"
+# every case in both dtypes, the layout matrix where inputs or gradient have gaps, and gradients
+SELECTION = (
+    "(test_matches and cpu) or test_views or (test_layout and sliced and transposed) "
+    "or backward_is_as_right"
+)
 
 
 def run_op_tests(**environment: str) -> str:

@@ -11,8 +11,10 @@ import torch
 from check import same_bits
 from torch import nn
 
+import hybridops as ho
 from hybridops import optimize, refresh, restore, verify
 from hybridops.compat import import_timm
+from hybridops.nn import _derived
 from hybridops.optimize import offload
 
 pytestmark = pytest.mark.skipif(not offload.is_possible(), reason="no files are mapped here")
@@ -88,6 +90,23 @@ def test_memory_holds_what_is_read_alone(model, x):
     assert resident(weight)[0] == 0
 
 
+def test_what_is_small_lies_together(model):
+    """A page that is read brings its neighbours: biases would keep weights in memory."""
+    optimize(model, freeze=True, offload=True)
+    storages = (p.untyped_storage() for p in model.parameters() if resident(p)[1])
+    sizes = [s.nbytes() for s in sorted(storages, key=lambda s: s.data_ptr())]
+    assert len(set(sizes)) > 2
+    assert sizes == sorted(sizes)
+
+
+def test_nothing_that_was_packed_before_keeps_the_old_memory():
+    block = ho.nn.Block(192, 3).eval()
+    called(block, torch.randn(1, 5, 192))
+    assert any(_derived._KEY in vars(m) for m in block.modules())
+    optimize(block, freeze=True, offload=True, strict=False)
+    assert not any(_derived._KEY in vars(m) for m in block.modules())
+
+
 def test_new_weights_are_taken(model, x):
     torch.manual_seed(1)
     other = import_timm().models.VisionTransformer(num_classes=10, **SIZE).eval()
@@ -146,6 +165,7 @@ def test_copies_hold_weights_of_their_own(way, model, x):
     assert same_bits(called(other, x), expected)
     assert unchanged(restore(other), before)
     assert not other._forward_hooks
+    assert resident(model.blocks[0].mlp.fc1.weight)[1]  # its own are where they were
 
 
 def test_an_offloaded_model_can_be_verified_and_trained(model, x):

@@ -7,8 +7,6 @@
 namespace hybridops {
 namespace {
 
-using simd::Depth;
-using simd::Grid;
 using simd::Output;
 using simd::Rows;
 using simd::Type;
