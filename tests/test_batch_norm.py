@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 import hybridops as ho
 from hybridops.nn._fusion import norm_batch
 from hybridops.nn.conv_stem import ConvStem
-from hybridops.ops import batch_norm, linear
+from hybridops.ops import batch_norm, group_norm, linear
 
 CASES = [  # shape, activation, mean
     ((2, 57, 16), "hardswish", 0.0),
@@ -200,3 +200,19 @@ def test_refuses_what_does_not_fit():
     ):
         with pytest.raises(error, match="batch_norm"):
             call()
+
+
+@pytest.mark.parametrize("value", [0.3, -1e4 / 3, 7e-9])
+@pytest.mark.parametrize("n", [1, 8, 197, 768, 3001])
+def test_what_is_constant_becomes_the_bias(value, n, cpu_library):
+    """Of every norm: a difference that rounding left would be multiplied by 1 / sqrt(eps)."""
+    rows, pixels = torch.full((5, n), value), torch.full((2, 8, n, 3), value)
+    scale, shift = torch.randn(n), torch.randn(n)
+    of_group, of_batch = (torch.randn(8), torch.randn(8)), (torch.randn(n), torch.randn(n))
+    with torch.inference_mode():
+        y = linear(rows, torch.eye(n), norm=(scale, shift, 1e-6))
+        assert torch.equal(y, shift.expand(5, n))
+        y = group_norm(pixels, 4, *of_group, eps=1e-6)
+        assert torch.equal(y, of_group[1][:, None, None].expand_as(y))
+        y, *_ = batch_norm(rows, *of_batch, 1e-6)
+        assert torch.equal(y, of_batch[1].expand_as(y))

@@ -77,7 +77,7 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm(Tensor x, std::optional<Tensor> we
   float* pivot = scratch.take(2 * C);
   float* zeros = scratch.take(C);
   float* sums = scratch.take(rows.chunks * 2 * C);
-  float *scale = scratch.take(C), *shift = scratch.take(C);
+  float* affine = scratch.take(3 * C);
   auto *means = (float*)mean.mutable_data_ptr(), *vars = (float*)var.mutable_data_ptr();
   std::fill(zeros, zeros + C, 0.0f);
   const int64_t samples = std::min(M, kSamples);
@@ -92,10 +92,11 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm(Tensor x, std::optional<Tensor> we
     const double center = pivot[c] + away, rstd = 1 / std::sqrt(variance + eps);
     const double factor = gamma ? gamma[c] * rstd : rstd;
     means[c] = (float)center, vars[c] = (float)variance;
-    scale[c] = (float)factor, shift[c] = (float)((beta ? beta[c] : 0) - center * factor);
+    affine[c] = means[c], affine[C + c] = (float)factor;
+    affine[2 * C + c] = (float)((beta ? beta[c] : 0) + (means[c] - center) * factor);
   });
   rows.for_chunks([&](int64_t, int64_t first, int64_t n) {
-    simd::scale_rows(rows.row(first), nullptr, rows.type, scale, shift, n, C, activation,
+    simd::scale_rows(rows.row(first), nullptr, rows.type, affine, n, C, activation,
                      offset(y.mutable_data_ptr(), rows.type, first * C));
   });
   return {y, mean, var};

@@ -16,6 +16,18 @@ struct Size {
   }
 };
 
+// An image (B, C, H, W) of fp32 whose pixels, and their channels, lie side by side.
+struct ChannelsLast {
+  int64_t B, C, H, W;
+
+  ChannelsLast(const Tensor& x, const char* refusal) {
+    STD_TORCH_CHECK(
+        x.is_cpu() && x.dim() == 4 && x.scalar_type() == ScalarType::Float && is_channels_last(x),
+        refusal);
+    B = x.size(0), C = x.size(1), H = x.size(2), W = x.size(3);
+  }
+};
+
 inline simd::Image image_of(const Tensor& x, int64_t b) {
   return {offset(x.const_data_ptr(), type_of(x), b * x.stride(0)),
           type_of(x),

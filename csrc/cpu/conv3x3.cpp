@@ -1,5 +1,6 @@
 // hybridops::conv3x3: see hybridops/ops/conv3x3.py for the meaning.
 #include "../simd/winograd.h"
+#include "conv.h"
 #include "linear.h"
 
 namespace hybridops {
@@ -15,21 +16,10 @@ constexpr int64_t kTogether = 32;
 // of them into the same lines of L1.
 constexpr int64_t kApart = 16;
 
-struct Image {
-  int64_t B, C, H, W;
-
-  Image(const Tensor& x, const char* refusal) {
-    STD_TORCH_CHECK(
-        x.is_cpu() && x.dim() == 4 && x.scalar_type() == ScalarType::Float && is_channels_last(x),
-        refusal);
-    B = x.size(0), C = x.size(1), H = x.size(2), W = x.size(3);
-  }
-};
-
 // The output's pixels as tiles, counted row by row.
 struct Tiles {
   const Filtering& by;
-  Image x;
+  ChannelsLast x;
   int64_t top, left, rows, columns;  // padding before, and of the output
   int64_t down = divide_up(rows, by.rows), across = divide_up(columns, by.columns);
 
@@ -69,7 +59,7 @@ struct Tiles {
 Tensor conv3x3(Tensor x, Tensor packed, int64_t N, int64_t stride, int64_t top, int64_t left,
                int64_t bottom, int64_t right, std::optional<Tensor> bias, int64_t activation,
                std::optional<Tensor> residual) {
-  const Image image(x, "conv3x3: x is no image in channels_last, of float32");
+  const ChannelsLast image(x, "conv3x3: x is no image in channels_last, of float32");
   STD_TORCH_CHECK(stride == 1 || stride == 2, "conv3x3: stride must be 1 or 2");
   for (const int64_t side : {top, left, bottom, right})
     STD_TORCH_CHECK(side >= 0 && side <= 2, "conv3x3: padding must be 0, 1 or 2");
@@ -83,7 +73,7 @@ Tensor conv3x3(Tensor x, Tensor packed, int64_t N, int64_t stride, int64_t top, 
       check_packed(packed, N, {Type::kFloat, by.points * C}, "conv3x3: packed does not fit");
   const float* added = nullptr;
   if (residual.has_value()) {
-    const Image like(*residual, "conv3x3: the residual is no image like the result");
+    const ChannelsLast like(*residual, "conv3x3: the residual is no image like the result");
     STD_TORCH_CHECK(like.B == B && like.C == N && like.H == rows && like.W == columns,
                     "conv3x3: the residual does not fit");
     added = (const float*)residual->const_data_ptr();

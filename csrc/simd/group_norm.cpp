@@ -38,16 +38,17 @@ void sums_of(const T* x, const float* pivot, int64_t rows, int64_t C, int64_t st
   for (; r < rows; ++r) add_rows<1>(x + r * stride, pivot, C, stride, sums, sums + C);
 }
 
-// R pixels at a time, so that scale and shift are loaded once for all of them.
+// R pixels at a time, so that mean, scale and shift are loaded once for all of them.
 template <int R, bool kAdds, class T, class F>
-HYBRIDOPS_INLINE void scaled(const T* x, const T* residual, const float* scale, const float* shift,
-                             int64_t C, T* y, const F& activated) {
+HYBRIDOPS_INLINE void scaled(const T* x, const T* residual, const float* affine, int64_t C, T* y,
+                             const F& activated) {
   for (int64_t c = 0; c < C; c += kLanes) {
     const int64_t left = C - c;
-    const Vec factor = load_some(scale + c, left), term = load_some(shift + c, left);
+    const Vec mean = load_some(affine + c, left), factor = load_some(affine + C + c, left);
+    const Vec term = load_some(affine + 2 * C + c, left);
     HYBRIDOPS_UNROLL for (int r = 0; r < R; ++r) {
       const int64_t at = r * C + c;
-      Vec z = fma(load_some(x + at, left), factor, term);
+      Vec z = fma(load_some(x + at, left) - mean, factor, term);
       if constexpr (kAdds) z += load_some(residual + at, left);
       store_some(y + at, activated(z), left);
     }
@@ -55,22 +56,21 @@ HYBRIDOPS_INLINE void scaled(const T* x, const T* residual, const float* scale, 
 }
 
 template <bool kAdds, class T, class F>
-HYBRIDOPS_INLINE void scale_all(const T* x, const T* residual, const float* scale,
-                                const float* shift, int64_t rows, int64_t C, T* y,
-                                const F& activated) {
+HYBRIDOPS_INLINE void scale_all(const T* x, const T* residual, const float* affine, int64_t rows,
+                                int64_t C, T* y, const F& activated) {
   int64_t r = 0;
   for (; r + kRows <= rows; r += kRows, x += kRows * C, residual += kAdds ? kRows * C : 0)
-    scaled<kRows, kAdds>(x, residual, scale, shift, C, y + r * C, activated);
+    scaled<kRows, kAdds>(x, residual, affine, C, y + r * C, activated);
   for (; r < rows; ++r, x += C, residual += kAdds ? C : 0)
-    scaled<1, kAdds>(x, residual, scale, shift, C, y + r * C, activated);
+    scaled<1, kAdds>(x, residual, affine, C, y + r * C, activated);
 }
 
 template <class T>
-void scale_rows_of(const T* x, const T* residual, const float* scale, const float* shift,
-                   int64_t rows, int64_t C, int64_t activation, T* y) {
+void scale_rows_of(const T* x, const T* residual, const float* affine, int64_t rows, int64_t C,
+                   int64_t activation, T* y) {
   const auto with = [&](const auto& activated) {
-    residual ? scale_all<true>(x, residual, scale, shift, rows, C, y, activated)
-             : scale_all<false>(x, residual, scale, shift, rows, C, y, activated);
+    residual ? scale_all<true>(x, residual, affine, rows, C, y, activated)
+             : scale_all<false>(x, residual, affine, rows, C, y, activated);
   };
   if (activation == kNone) return with([](Vec z) { return z; });
   if (activation == kRelu) return with([](Vec z) { return activate<kRelu, T>(z); });
@@ -91,13 +91,12 @@ void channel_sums(const void* x, Type type, const float* pivot, int64_t rows, in
     sums_of((const BFloat16*)x, pivot, rows, C, stride, sums);
 }
 
-void scale_rows(const void* x, const void* residual, Type type, const float* scale,
-                const float* shift, int64_t rows, int64_t C, int64_t activation, void* y) {
+void scale_rows(const void* x, const void* residual, Type type, const float* affine, int64_t rows,
+                int64_t C, int64_t activation, void* y) {
   if (type == Type::kFloat)
-    scale_rows_of((const float*)x, (const float*)residual, scale, shift, rows, C, activation,
-                  (float*)y);
+    scale_rows_of((const float*)x, (const float*)residual, affine, rows, C, activation, (float*)y);
   else
-    scale_rows_of((const BFloat16*)x, (const BFloat16*)residual, scale, shift, rows, C, activation,
+    scale_rows_of((const BFloat16*)x, (const BFloat16*)residual, affine, rows, C, activation,
                   (BFloat16*)y);
 }
 

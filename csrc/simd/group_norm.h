@@ -12,9 +12,9 @@ namespace hybridops::simd {
 void channel_sums(const void* x, Type type, const float* pivot, int64_t rows, int64_t C,
                   int64_t stride, float* sums);
 
-// y = activation(x * scale + shift + residual) on `rows` pixels of C channels; scale and shift (C),
-// residual like x, or null.
-void scale_rows(const void* x, const void* residual, Type type, const float* scale,
-                const float* shift, int64_t rows, int64_t C, int64_t activation, void* y);
+// y = activation((x - mean) * scale + shift + residual) on `rows` pixels of C channels; mean, scale
+// and shift lie in `affine` (3, C), residual like x, or null.
+void scale_rows(const void* x, const void* residual, Type type, const float* affine, int64_t rows,
+                int64_t C, int64_t activation, void* y);
 
 }  // namespace hybridops::simd

@@ -106,6 +106,7 @@ struct ProductTile {
         HYBRIDOPS_UNROLL for (int v = 0; v < NV; ++v) tile[i][v] *= scale;
       }
     }
+    if (output.residual_first) add_residual(tile, m);
     if (output.activation != kNone) {
       Vec flat[MR * NV];  // a copy, so that the tile itself is never indexed at run time and stays
                           // in registers
@@ -113,17 +114,29 @@ struct ProductTile {
       activate<T>(flat, MR * NV, output.activation);
       HYBRIDOPS_UNROLL for (int i = 0; i < MR * NV; ++i) tile[i / NV][i % NV] = flat[i];
     }
+    if (!output.residual_first) add_residual(tile, m);
     const bool whole = column + NV * kLanes <= N;
-    Cursor to(output.grid, m), along(output.residual_grid, m);
+    Cursor to(output.grid, m);
     HYBRIDOPS_UNROLL for (int i = 0; i < MR; ++i) {
       T* y = (T*)output.data + to.next() + column;
-      const T* residual =
-          output.residual ? (const T*)output.residual + along.next() + column : nullptr;
       HYBRIDOPS_UNROLL for (int v = 0; v < NV; ++v) {
         const int64_t n = v * kLanes, left = whole ? kLanes : N - column - n;
-        Vec x = tile[i][v];
-        if (residual) x += load_some(residual + n, left);
-        store_some(y + n, x, left);
+        store_some(y + n, tile[i][v], left);
+      }
+    }
+  }
+
+ private:
+  template <int MR, int NV>
+  HYBRIDOPS_INLINE void add_residual(Tile<MR, NV>& tile, int64_t m) const {
+    if (!output.residual) return;
+    const bool whole = column + NV * kLanes <= N;
+    Cursor along(output.residual_grid, m);
+    HYBRIDOPS_UNROLL for (int i = 0; i < MR; ++i) {
+      const T* row = (const T*)output.residual + along.next() + column;
+      HYBRIDOPS_UNROLL for (int v = 0; v < NV; ++v) {
+        const int64_t n = v * kLanes, left = whole ? kLanes : N - column - n;
+        tile[i][v] += load_some(row + n, left);
       }
     }
   }
@@ -279,7 +292,9 @@ template <class T, class Y>
 void layer_norm_rows(const T* x, int64_t stride_x, int64_t rows, int64_t n, const float* weight,
                      const float* bias, float eps, Y* y, int64_t stride_y) {
   for (int64_t r = 0; r < rows; ++r, x += stride_x, y += stride_y) {
-    const float mean = sum_row(x, n, [](Vec v) { return v; }) / (float)n;
+    const float near = sum_row(x, n, [](Vec v) { return v; }) / (float)n;
+    // What rounding took from it: a row of equal numbers is then that number exactly.
+    const float mean = near + sum_row(x, n, [near](Vec v) { return v - near; }) / (float)n;
     const float variance =
         sum_row(x, n, [mean](Vec v) { return (v - mean) * (v - mean); }) / (float)n;
     const float rstd = 1.0f / std::sqrt(variance + eps);

@@ -39,7 +39,7 @@ struct Rows {
 };
 
 // y = activation(row_scale * (rows * packed + bias)) + residual, in `type`, N numbers side by side
-// per row.
+// per row; the residual inside the activation where `residual_first`.
 struct Output {
   void* data;
   Type type;
@@ -49,6 +49,7 @@ struct Output {
   int64_t activation = 0;
   const void* residual = nullptr;  // in `type`
   Grid residual_grid = {1, 0, 0};
+  bool residual_first = false;
   bool few_rows = false;        // of the whole product, not of a task's part: sums in short chains
   const float* then = nullptr;  // what the next product reads first: fetched with the last panel
   int64_t then_floats = 0;

@@ -1,11 +1,13 @@
 """Convolution bodies in inference: conv, folded norm, residual and activation in one call.
 
-3 x 3 convolutions of stride 1 in fp32 are ours (`ops/conv3x3.py`), with a third of the products:
-1.5 to 2.3 times oneDNN's speed. All others are oneDNN's, given weights in its own layout and images
-in channels_last: 90 to 100 % of a Zen 4's peak on ResNet's layers, fp32 and bf16. What F.conv2d
-loses is the layout: it packs the weights again in every call (512 x 512 x 3 x 3 on 7 x 7: 1.5 ms
-against 0.9 fp32, 0.9 against 0.46 bf16). On a GPU the convolution is cuDNN's, activation and
-residual passes of their own. Results are channels_last, so that the last ones are tokens by view.
+3 x 3 convolutions in fp32 are ours (`ops/conv3x3.py`), with a third of the products: 1.5 to 2.3
+times oneDNN's speed. So are 1 x 1 on AVX2 (`ops/conv1x1.py`): 1.0 to 1.2 times on ResNet's layers,
+and a GroupNorm behind one reads its image once less. All others are oneDNN's, given weights in its
+own layout and images in channels_last: 90 to 100 % of a Zen 4's peak on ResNet's layers, fp32 and
+bf16. What F.conv2d loses is the layout: it packs the weights again in every call (512 x 512 x 3 x 3
+on 7 x 7: 1.5 ms against 0.9 fp32, 0.9 against 0.46 bf16). On a GPU the convolution is cuDNN's,
+activation and residual passes of their own. Results are channels_last, so that the last ones are
+tokens by view.
 """
 
 from __future__ import annotations
@@ -18,9 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import backend
-from ..ops import ConvLayer, MaxPool, conv_stem, pack_conv
+from ..ops import ConvLayer, MaxPool, conv_stem, group_norm, pack_conv
 from ..ops._contract import ACTIVATIONS
-from ..ops.conv3x3 import is_small, pack_conv3x3, run_packed
+from ..ops.conv1x1 import GroupNorm, pack_conv1x1, run_conv1x1
+from ..ops.conv3x3 import is_small, pack_conv3x3, run_conv3x3
 from ._derived import _norm_sources, derived, fold_behind, in_graph
 
 _PACKINGS = 2  # image shapes whose packed weights are kept: the layout may differ (1x1, fp32)
@@ -31,6 +34,9 @@ _CACHED_WEIGHTS, _FEW_PIXELS = 1 << 21, 64
 # Sums of fewer channels are short, and oneDNN's errors in them smaller than those of points: whole
 # models of such layers had 2.3 to 3.3 times torch's error.
 _LONG_SUMS = 64
+# conv1x1's tiles of so few channels spend more on their ends than on products: 0.7 to 1.2 times
+# oneDNN's speed at batch 1, 0.9 to 1.0 at 8; of more channels 1.1 to 1.9 and 1.0 to 1.7.
+_SHORT_SUMS = 32
 _UNARY: dict[str, tuple[str, list[Any], str | None]] = {  # oneDNN's words for our activations
     "none": ("none", [], None),
     "relu": ("relu", [], None),
@@ -87,6 +93,7 @@ class Conv:
         self._packings: dict[torch.Size, Tensor] = {}
         self._stem: ConvLayer | None = None
         self._points: Tensor | None = None  # pack_conv3x3(weight)
+        self._panels: Tensor | None = None  # pack_conv1x1(weight)
 
     @property
     def weight(self) -> Tensor:
@@ -110,8 +117,11 @@ class Conv:
         The residual comes before the activation, as in ResNets. Runs in plain torch where oneDNN
         cannot serve, and while gradients are recorded or a graph is traced.
         """
-        if self._runs_packed(x, residual) and self.filters(x):
-            return self._filtered(x, activation, residual)
+        if self._runs_packed(x, residual):
+            if self.filters(x):
+                return self._filtered(x, activation, residual)
+            if self.multiplies(x):
+                return self._multiplied(x, activation, residual, None, overwrite)
         if self.same:
             x = same_pad(x, self.kernel, self.stride, self.dilation)
         if not self._runs_packed(x, residual):
@@ -200,7 +210,36 @@ class Conv:
             self._points = pack_conv3x3(self.weight, stride)
             self._drop_weight()
         end = (self.bias, stride, sides, activation, residual)
-        return run_packed(x, self._points, self.channels_out, *end)
+        return run_conv3x3(x, self._points, self.channels_out, *end)
+
+    def normed(
+        self, x: Tensor, norm: GroupNorm, activation: str = "none", residual: Tensor | None = None
+    ) -> Tensor:
+        """activation(norm(conv(x)) + residual), norm: (groups, weight, bias, eps), a GroupNorm."""
+        if self._runs_packed(x, residual) and self.multiplies(x):
+            return self._multiplied(x, activation, residual, norm, False)
+        y = self(x)
+        return group_norm(y, *norm, activation=activation, residual=residual, overwrite=True)
+
+    def multiplies(self, x: Tensor) -> bool:
+        """Whether conv1x1 can run this convolution, and is faster than oneDNN."""
+        return (
+            self.kernel == (1, 1)
+            and self.stride[0] == self.stride[1]
+            and self.padding == (0, 0)  # SAME adds none either
+            and self.groups == 1
+            and self.dtype == torch.float32
+            and self.channels > _SHORT_SUMS
+            and x.ndim == 4
+            and backend.ISA == "avx2"
+        )
+
+    def _multiplied(self, x, activation, residual, norm, overwrite):
+        if self._panels is None:
+            self._panels = pack_conv1x1(self.weight)
+            self._drop_weight()
+        end = (self.bias, self.stride[0], activation, residual, norm, overwrite)
+        return run_conv1x1(x, self._panels, self.channels_out, *end)
 
     def plain(self, x: Tensor) -> Tensor:
         """conv(x) by torch's convolution, in the memory format that it gives; SAME pads before."""

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import backend
-from ..ops import group_norm
+from ..ops.conv1x1 import GroupNorm
 from ._derived import in_graph
 from ._fusion import CONVS, finish, folds, is_plain
 from .conv import StdConv2dSame, conv_of, same_padding
@@ -61,24 +61,14 @@ def conv_norm(
         if norm is None or is_plain(norm, _FROZEN) or (folds(norm) and not _learn(conv, norm)):
             return conv_of(conv, "conv", conv, norm)(x, activation, residual, overwrite)
         if is_plain(norm, _GROUP_NORMS) and not in_graph(conv.weight):
-            x = conv_of(conv, "conv", conv)(x)
-            return group_normed(x, norm, activation, residual)
+            return conv_of(conv, "conv", conv).normed(x, norm_of(norm), activation, residual)
     y = conv(x) if norm is None else norm(conv(x))
     return finish(y if residual is None else y + residual, activation)
 
 
-def group_normed(x: Tensor, norm: Any, activation: str, residual: Tensor | None) -> Tensor:
-    """activation(norm(x) + residual) of an nn.GroupNorm, in x's memory: a convolution's result."""
-    return group_norm(
-        x,
-        norm.num_groups,
-        norm.weight,
-        norm.bias,
-        norm.eps,
-        activation=activation,
-        residual=residual,
-        overwrite=True,
-    )
+def norm_of(norm: Any) -> GroupNorm:
+    """An nn.GroupNorm as the ops take it."""
+    return norm.num_groups, norm.weight, norm.bias, norm.eps
 
 
 def _learn(*modules: nn.Module) -> bool:

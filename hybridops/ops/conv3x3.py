@@ -89,7 +89,8 @@ def conv3x3(
     sides = (padding,) * 4 if isinstance(padding, int) else padding
     if packed is not None and backend.runs_at_once(x) and x.ndim == 4 and not is_small(x):
         with suppress(*REFUSALS), backend.below_autograd():
-            return run_packed(x, packed, weight.shape[0], bias, stride, sides, activation, residual)
+            end = (bias, stride, sides, activation, residual)
+            return run_conv3x3(x, packed, weight.shape[0], *end)
     check_tensor("conv3x3", "x", x, 4)
     check_tensor("conv3x3", "weight", weight, 4, x)
     N, C = weight.shape[0], x.shape[1]
@@ -115,7 +116,7 @@ def conv3x3(
     due = packed is not None and not is_small(x) and not torch.is_grad_enabled()
     due = due and not is_autocast_on(x) and not backend.is_captured()
     if due and backend.which("conv3x3", x) == "cpu":  # counts a call that no kernel serves
-        return run_packed(x, packed, N, bias, stride, sides, activation, residual)
+        return run_conv3x3(x, packed, N, bias, stride, sides, activation, residual)
     return conv3x3_reference(x, weight, bias, stride, sides, activation, residual)
 
 
@@ -124,7 +125,7 @@ def is_small(x: Tensor) -> bool:
     return x.shape[0] == 1 and x.numel() <= 20 * 32 * 32
 
 
-def run_packed(x, packed, channels, bias, stride, sides, activation, residual):
+def run_conv3x3(x, packed, channels, bias, stride, sides, activation, residual):
     """The kernel, whose checks refuse what does not fit: (B, N, H', W') in channels_last."""
     image = x.contiguous(memory_format=torch.channels_last)
     if residual is not None:

@@ -98,17 +98,11 @@ def group_norm(
             y = _group_norm(image, groups, weight, bias, eps, code, residual)
             return y.permute(0, 3, 1, 2)
     check_tensor("group_norm", "x", x, 4)
-    check_int("group_norm", "groups", groups, 1)
-    if x.shape[1] % groups:
-        raise ValueError(f"group_norm: {x.shape[1]} channels do not make {groups} groups")
-    for name, vector in (("weight", weight), ("bias", bias)):
-        if vector is not None:
-            check_tensor("group_norm", name, vector, 1, None if _mixed(x) else x)
-            check_shape("group_norm", name, vector, (x.shape[1],))
-    check_eps("group_norm", "eps", eps)
+    like = None if _mixed(x) else x
+    check_group_norm("group_norm", x.shape[1], groups, weight, bias, eps, like)
     activation_code("group_norm", activation)
     if residual is not None:
-        check_tensor("group_norm", "residual", residual, 4, None if _mixed(x) else x)
+        check_tensor("group_norm", "residual", residual, 4, like)
         check_shape("group_norm", "residual", residual, tuple(x.shape))
     if x.is_cuda:  # torch's own serves there on purpose, whatever is forced
         if not torch.compiler.is_compiling():
@@ -116,6 +110,18 @@ def group_norm(
     elif not torch.is_grad_enabled():
         backend.which("group_norm", x)  # counts the call, or raises where the kernel was forced
     return group_norm_reference(x, groups, weight, bias, eps, activation, residual)
+
+
+def check_group_norm(op, channels, groups, weight, bias, eps, like):
+    """Checks what normalises that many channels; like: a tensor of their dtype, None for any."""
+    check_int(op, "groups", groups, 1)
+    if channels % groups:
+        raise ValueError(f"{op}: {channels} channels do not make {groups} groups")
+    for name, vector in (("weight", weight), ("bias", bias)):
+        if vector is not None:
+            check_tensor(op, f"{name} of the norm", vector, 1, like)
+            check_shape(op, f"{name} of the norm", vector, (channels,))
+    check_eps(op, "eps", eps)
 
 
 def _mixed(x):

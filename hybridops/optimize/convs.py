@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..nn._fusion import is_hooked
 from ..nn.conv import folded_conv, not_bare_conv
-from ..nn.conv_body import group_normed, max_pool_same
+from ..nn.conv_body import max_pool_same, norm_of
 from ..ops import group_norm
 from .fast import Fast, activation_name, dotted, not_activation, original_class
 from .plan import PLAN
@@ -172,7 +172,7 @@ class Step:
         norm = self.norm
         if norm is None:
             return self.conv(x, activation, residual)
-        return group_normed(self.conv(x), norm, activation, residual)
+        return self.conv.normed(x, norm_of(norm), activation, residual)
 
 
 def _pooling(pool: Any) -> Any:

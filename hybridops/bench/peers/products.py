@@ -63,6 +63,8 @@ class _OneDnns(Conv):
     def filters(self, x: Tensor) -> bool:
         return False
 
+    multiplies = filters
+
 
 class _Products(TorchDispatchMode):
     """Finds the products that run inside: the shape of each, and the ways to run it."""
@@ -115,8 +117,8 @@ class _Products(TorchDispatchMode):
         geometry = (tuple(stride), tuple(padding), tuple(dilation))
         ways: dict[str, Call] = {"torch": partial(_OneDnns(weight, None, *geometry), x)}
         conv = Conv(weight, None, *geometry)
-        if conv.filters(x) and not self.with_gradients:
-            ways["conv3x3"] = partial(conv, x)
+        if (conv.filters(x) or conv.multiplies(x)) and not self.with_gradients:
+            ways["a body's"] = partial(conv, x)
         packed = pack_conv(weight)
         if packed is not None and stride[0] == stride[1] and tuple(dilation) == (1, 1):
             bias = weight.new_zeros(weight.shape[0])
