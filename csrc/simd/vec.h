@@ -267,14 +267,15 @@ HYBRIDOPS_INLINE Vec exp(Vec x) {
 }
 
 // 2^x for x <= 127: minimax fits of our own on [-0.5, 0.5], of degree 5, relative error 1.6e-7, and
-// for results that become bf16 of degree 3, 1e-4. 0 below -126, NaN stays NaN. A third cheaper than
+// for results that become bf16 of degree 3, 1e-4. 0 below -127, NaN stays NaN. A third cheaper than
 // exp, which has to split ln 2 and to saturate.
 template <class E>
 HYBRIDOPS_INLINE Vec exp2(Vec x) {
-  x = max(splat(-150.0f), x);  // so that -inf has a fraction
 #if defined(HYBRIDOPS_ISA_AVX512) && !defined(HYBRIDOPS_EMULATE)
+  x = max(splat(-150.0f), x);  // so that -inf has a fraction
   const Vec n = (Vec)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #else
+  x = max(splat(-127.0f), x);           // where an exponent of 0 and a fraction of 0 are 0 itself
   const Vec shifted = x + 12582912.0f;  // as in exp
   const Vec n = shifted - 12582912.0f;
 #endif
@@ -295,8 +296,7 @@ HYBRIDOPS_INLINE Vec exp2(Vec x) {
 #if defined(HYBRIDOPS_ISA_AVX512) && !defined(HYBRIDOPS_EMULATE)
   return (Vec)_mm512_scalef_ps((__m512)p, (__m512)n);
 #else
-  const Vec y = (Vec)((VecInt)p + ((VecInt)shifted << 23));
-  return x < -126.0f ? Vec{} : y;
+  return (Vec)((VecInt)p + ((VecInt)shifted << 23));
 #endif
 }
 
