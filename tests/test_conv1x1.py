@@ -259,14 +259,26 @@ def test_conv_runs_it_where_it_is_faster(stride, padding, cpu_library):
 
 
 def test_modules_run_it_in_inference(cpu_library):
-    conv, norm = nn.Conv2d(24, 40, 1, bias=False), nn.GroupNorm(8, 40)
+    conv, norm = nn.Conv2d(48, 40, 1, bias=False), nn.GroupNorm(8, 40)
     nn.init.normal_(norm.weight)
-    x = torch.randn(2, 24, 9, 12)
+    x = torch.randn(2, 48, 9, 12)
     with torch.inference_mode():
         expected = F.relu(norm(conv(x)))
         torch.testing.assert_close(conv_norm(conv, norm, x, "relu"), expected)
         conv.weight += 1  # which makes the packed copy anew
         torch.testing.assert_close(conv_norm(conv, norm, x, "relu"), F.relu(norm(conv(x))))
+
+
+def test_a_norm_that_learns_gets_its_gradient(cpu_library):
+    """Behind a frozen convolution, of an image that needs none."""
+    conv, norm = nn.Conv2d(48, 40, 1, bias=False).requires_grad_(False), nn.GroupNorm(8, 40)
+    x = torch.randn(2, 48, 9, 12)
+    y = conv_norm(conv, norm, x, "relu")
+    ours = torch.autograd.grad(y.square().sum(), (norm.weight, norm.bias))
+    torchs = torch.autograd.grad(F.relu(norm(conv(x))).square().sum(), (norm.weight, norm.bias))
+    torch.testing.assert_close(ours, torchs)
+    with torch.no_grad(), pytest.raises(TypeError, match="weight"):
+        conv_norm(conv, norm.double(), x)
 
 
 def test_counts_what_it_cannot_serve(cpu_library):

@@ -216,7 +216,13 @@ class Conv:
         self, x: Tensor, norm: GroupNorm, activation: str = "none", residual: Tensor | None = None
     ) -> Tensor:
         """activation(norm(conv(x)) + residual), norm: (groups, weight, bias, eps), a GroupNorm."""
-        if self._runs_packed(x, residual) and self.multiplies(x):
+        _, *vectors, _ = norm
+        learns = torch.is_grad_enabled()
+        apart = any(
+            v is not None and (v.dtype != self.dtype or (learns and v.requires_grad))
+            for v in vectors
+        )
+        if not apart and self._runs_packed(x, residual) and self.multiplies(x):
             return self._multiplied(x, activation, residual, norm, False)
         y = self(x)
         return group_norm(y, *norm, activation=activation, residual=residual, overwrite=True)
