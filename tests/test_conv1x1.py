@@ -21,6 +21,8 @@ SHAPES = [
     (2, 300, 68, 7, 7),
     (2, 16, 52, 1, 17),
     (1, 130, 12, 14, 14),
+    (1, 48, 100, 7, 7),
+    (1, 2048, 64, 1, 2),
     (3, 12, 200, 11, 23),
     (2, 0, 8, 3, 3),
     (2, 8, 0, 4, 4),
@@ -86,6 +88,8 @@ def test_neither_threads_nor_the_batch_change_a_bit(shape, stride, normed, cpu_l
             torch.set_num_threads(1)
             one = conv1x1(x, weight, bias, **given)
             for n in (2, 3, 8):
+                torch.set_num_threads(1)
+                conv1x1(x - 1, weight, bias, **given)  # so that no sums of before are right
                 torch.set_num_threads(n)
                 assert same_bits(one, conv1x1(x, weight, bias, **given))
         finally:

@@ -63,7 +63,6 @@ void run_normed(const Pointwise& conv, const GroupNorm& norm, int64_t activation
     for (int64_t t = begin; t < end; ++t) {
       const int64_t share = t % shares, block = t / shares % blocks, b = t / shares / blocks;
       Output output = conv.output(b);
-      output.few_rows = M < 4;
       simd::product(conv.rows(b), sums.first(block), sums.first(block + 1), conv.packed, N,
                     share * panels / shares, (share + 1) * panels / shares, output);
       sums.add(b, block, conv.y + (b * M + sums.first(block)) * N, Type::kFloat, column(share),
