@@ -66,7 +66,10 @@ def image(name, n=2):
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_parity(name):
-    parity(build(name), image(name), channels_last=name == "mobilevit")
+    # Of 2 x 40 x 2 x 2 outputs the largest errors of two libraries that are as right as each other
+    # (1.2e-5 on the average of 24 seeds) differ by more than twice now and then.
+    images = image(name, 8 if name == "mobilevit" else 2)
+    parity(build(name), images, channels_last=name == "mobilevit")
 
 
 @pytest.mark.parametrize("name", OPTIONS)
