@@ -6,12 +6,9 @@
 namespace hybridops {
 namespace {
 
-using simd::Depth;
 using simd::plain_rows;
 using simd::Rows;
 using simd::Type;
-
-constexpr int64_t kRowBlock = 96;  // pixels a task takes through its panels
 
 // The product that a convolution is: a row of x for each pixel of the result.
 struct Pointwise {
@@ -72,15 +69,13 @@ void run_normed(const Pointwise& conv, const GroupNorm& norm, int64_t activation
   sums.normalize(norm, conv.y, Type::kFloat, conv.residual, activation, conv.y);
 }
 
-constexpr auto kRefusal = "conv1x1: x is no image in channels_last, of float32";
-
-// `y` (B, H', W', N): where the result goes, the residual's memory maybe, or an undefined tensor.
+// overwrite: the result lies in the residual's memory; only without a norm, which reads both apart.
 Tensor convolve(const Tensor& x, const Tensor& packed, int64_t N, int64_t stride,
                 const std::optional<Tensor>& bias, int64_t activation,
                 const std::optional<Tensor>& residual, std::optional<int64_t> groups,
                 const std::optional<Tensor>& norm_weight, const std::optional<Tensor>& norm_bias,
                 double eps, bool overwrite) {
-  const ChannelsLast image(x, kRefusal);
+  const ChannelsLast image(x, "conv1x1: x is no image in channels_last, of float32");
   const int64_t B = image.B, C = image.C, H = image.H, W = image.W;
   STD_TORCH_CHECK(stride > 0, "conv1x1: stride must be positive");
   STD_TORCH_CHECK(N >= 0 && N <= packed.numel(), "conv1x1: packed does not fit");

@@ -17,7 +17,7 @@ constexpr int64_t kSamples = 4;      // of a part's pixels, evenly spread: their
 GroupNorm::GroupNorm(Room& room, int64_t channels, int64_t groups,
                      const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
                      double eps, Type type)
-    : channels(channels), groups(groups), eps(eps) {
+    : groups(groups), eps(eps) {
   STD_TORCH_CHECK(groups > 0 && channels % groups == 0, "group_norm: groups do not fit x");
   STD_TORCH_CHECK(std::isfinite(eps) && eps >= 0,
                   "group_norm: eps must be finite and not negative");

@@ -7,7 +7,7 @@
 namespace hybridops {
 
 struct GroupNorm {
-  int64_t channels, groups;
+  int64_t groups;
   const float *weight, *bias;  // null: ones, zeros
   double eps;
 

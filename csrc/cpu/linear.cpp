@@ -38,8 +38,6 @@ const float* check_packed(const Tensor& packed, int64_t N, const Depth& K, const
 
 namespace {
 
-constexpr int64_t kRowBlock =
-    96;  // rows a task takes through all panels: 96 x 768 fp32 is half of a 512 KB L2
 // A weight gradient takes so many tokens at a time, and so many columns of dz. With 256 tokens the
 // sums of fp32 are too long for the error rule: 11 times torch's error in Twins' qkv bias.
 constexpr int64_t kGradientChunk = 128, kGradientColumns = 192;

@@ -9,6 +9,9 @@ namespace hybridops {
 
 using simd::Output;
 
+// Rows that a task takes through all panels: 96 x 768 fp32 is half of a 512 KB L2.
+constexpr int64_t kRowBlock = 96;
+
 // weight (N, K) with any strides, in panels; in parallel.
 const float* pack_weight(Room& room, const void* weight, simd::Type type, int64_t stride_n,
                          int64_t stride_k, int64_t N, const simd::Depth& K);

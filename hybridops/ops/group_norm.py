@@ -45,7 +45,7 @@ def group_norm_reference(
 ) -> Tensor:
     learns = any(v is not None and v.requires_grad for v in (weight, bias))
     if learns and torch.is_grad_enabled() and not x.requires_grad:
-        x = x.contiguous()  # torch 2.13's backward without dx reads past a channels_last image
+        x = x.contiguous()  # torch 2.13's backward without dx crashes on a channels_last image
     y = F.group_norm(x, groups, weight, bias, eps)
     return ACTIVATIONS[activation](y if residual is None else y + residual)
 
