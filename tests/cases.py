@@ -134,6 +134,8 @@ PEG = [
     Peg("act_no_residual", H=7, W=7, C=18, activation="hardswish", residual=False, stride=2),
     Peg("gate", H=7, W=7, C=18, gate=True, residual=False, prefix=1),
     Peg("gate_act", H=5, W=5, C=18, gate=True, activation="relu"),
+    *(Peg(f"row_of_{W}", B=1, H=1, W=W, C=17) for W in (6, 8, 15)),
+    Peg("wide_gate_act", B=1, H=2, W=16, C=18, gate=True, activation="gelu", prefix=1),
     Peg("empty_batch", B=0, H=3, W=3, C=8),
     Peg("empty_channels", H=3, W=3, C=0),
     Peg("empty_grid", H=0, W=3, C=8, prefix=1, unserved="empty grid"),

@@ -49,6 +49,7 @@ def samples(op: str):
             yield cases.Peg(f"c{n}", B=1, H=3, W=4, C=n)
             yield cases.Peg(f"w{n}", B=1, H=2, W=n, C=3, K=5)
             yield cases.Peg(f"s{n}", B=1, H=5, W=5, C=n, stride=2, residual=False, prefix=1)
+            yield cases.Peg(f"wide{n}", B=1, H=2, W=8, C=n)
     elif op == "attention":
         for n in (*range(1, 18), 31, 33):
             yield cases.Attention(f"d{n}", B=1, Nq=5, D=n)

@@ -215,6 +215,13 @@ def test_peg_means_depthwise_conv_on_the_grid(gate):
     close(ours[:, :1], x[:, :1])
 
 
+def test_peg_of_more_than_a_cache_holds_is_that_of_its_images():
+    x, weight = torch.randn(9, 1 + 56 * 57, 64), torch.randn(64, 1, 3, 3)
+    whole = ops.peg(x, weight, grid=(56, 57), prefix=1)  # fetched ahead, on the CPU
+    apart = [ops.peg(image, weight, grid=(56, 57), prefix=1) for image in x.split(1)]
+    assert torch.equal(whole, torch.cat(apart))
+
+
 @pytest.mark.parametrize("padding", [0, 1])
 def test_patch_embed_means_normalise_conv_norm_position_prefix(padding):
     pixels = torch.randint(256, (2, 3, 12, 8), dtype=torch.uint8)

@@ -32,12 +32,15 @@ Depthwise depthwise_of(const Tensor& x, const Tensor& weight, int64_t H, int64_t
 const float* taps_of(Room& room, const Tensor& weight) {
   const Tensor w = torch::stable::contiguous(weight);
   const int64_t C = w.size(0), KK = w.size(2) * w.size(3);
-  float* rows = room.take(KK);
-  float* taps = room.take(KK * C);
-  for (int64_t c = 0; c < C; ++c) {
-    simd::to_float(offset(w.const_data_ptr(), type_of(w), c * KK), type_of(w), KK, 1, KK, rows, KK);
-    for (int64_t t = 0; t < KK; ++t) taps[t * C + c] = rows[t];
+  const float* rows = (const float*)w.const_data_ptr();
+  if (type_of(w) != Type::kFloat) {
+    float* wide = room.take(C * KK);
+    simd::to_float(w.const_data_ptr(), type_of(w), C * KK, 1, C * KK, wide, C * KK);
+    rows = wide;
   }
+  float* taps = room.take(KK * C);
+  for (int64_t t = 0; t < KK; ++t)
+    for (int64_t c = 0; c < C; ++c) taps[t * C + c] = rows[c * KK + t];
   return taps;
 }
 
@@ -55,6 +58,8 @@ Tensor depthwise(const Tensor& input, const Depthwise& d, const float* taps, con
   const void* from = x.const_data_ptr();
   void* to = output.mutable_data_ptr();
   const int64_t stride_b = x.stride(0);
+  constexpr int64_t kNear = 12 << 20;  // what a shared L3 still holds; fetching costs 15 % there
+  const bool far = B * (N + No) * d.C * size_of(type) > kNear;
   parallel(B * d.Ho, [=](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
       const int64_t b = t / d.Ho, ho = t % d.Ho;
@@ -62,7 +67,7 @@ Tensor depthwise(const Tensor& input, const Depthwise& d, const float* taps, con
       void* tokens = offset(to, type, b * No * d.C);
       if (ho == 0 && prefix > 0) std::memcpy(tokens, image, prefix * d.C * size_of(type));
       simd::depthwise_row(offset(image, type, prefix * d.C), type, taps, shift, d, ho, residual,
-                          gate, activation, offset(tokens, type, prefix * d.C));
+                          gate, far, activation, offset(tokens, type, prefix * d.C));
     }
   });
   return output;

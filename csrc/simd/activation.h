@@ -49,7 +49,7 @@ HYBRIDOPS_INLINE Vec short_erf(Vec x) {
 // T: what the result is rounded to.
 template <Activation kind, class T>
 HYBRIDOPS_INLINE Vec activate(Vec x) {
-  if constexpr (kind == kRelu) return x < 0.0f ? Vec{} : x;  // NaN stays NaN
+  if constexpr (kind == kRelu) return max(Vec{}, x);  // NaN stays NaN
   if constexpr (kind == kGelu) {
     const Vec half = x * 0.5f;
     if constexpr (std::is_same_v<T, BFloat16>) return fma(half, short_erf(x), half);

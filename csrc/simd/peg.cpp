@@ -19,71 +19,142 @@ struct Window {
       : first(start < 0 ? -start : 0), last(std::max<int64_t>(std::min(K, size - start), 0)) {}
 };
 
-// P output pixels side by side, all with the same taps inside the grid; channels [c, c + left).
+// What follows the convolution.
+struct Behind {
+  bool residual, gate, far;
+  int64_t activation;
+};
+
+// Apart, so that no register is kept free for it where there is neither activation nor gate.
+template <class T>
+__attribute__((noinline)) void activate_and_gate(Vec* z, int P, Behind behind, const T* center,
+                                                 int64_t C, int64_t left) {
+  activate<T>(z, P, behind.activation);
+  for (int p = 0; p < P && behind.gate; ++p)
+    z[p] = load_some(center + p * C, left) / (exp(-z[p]) + 1.0f);
+}
+
+// P pixels' sums become their outputs. center: the input at the same pixels.
 template <int P, class T>
-HYBRIDOPS_INLINE void pixels_at(const T* x, const float* taps, const float* bias,
-                                const Depthwise& d, int64_t h0, int64_t w0, Window rows,
-                                Window columns, bool residual, bool gate, int64_t activation,
-                                const T* center, T* y, int64_t c, int64_t left) {
-  const Vec start = bias ? load_some(bias + c, left) : Vec{};
-  Vec z[P];
-  HYBRIDOPS_UNROLL for (int p = 0; p < P; ++p) z[p] = start;
-  for (int64_t i = rows.first; i < rows.last; ++i) {
-    const T* from = x + ((h0 + i) * d.W + w0 + columns.first) * d.C + c;
-    const float* tap = taps + (i * d.K + columns.first) * d.C + c;
-    for (int64_t j = columns.first; j < columns.last; ++j, from += d.C, tap += d.C) {
-      const Vec weight = load_some(tap, left);
-      HYBRIDOPS_UNROLL for (int p = 0; p < P; ++p) z[p] =
-          fma(load_some(from + p * d.stride * d.C, left), weight, z[p]);
-    }
-  }
-  if (activation != kNone) {
+HYBRIDOPS_INLINE void finish(Vec (&z)[P], Behind behind, const T* center, T* y, int64_t C,
+                             int64_t left) {
+  if (behind.gate || behind.activation != kNone) {
     Vec flat[P];  // a copy: z itself is never indexed at run time and stays in registers
     HYBRIDOPS_UNROLL for (int p = 0; p < P; ++p) flat[p] = z[p];
-    activate<T>(flat, P, activation);
+    activate_and_gate<T>(flat, P, behind, center, C, left);
     HYBRIDOPS_UNROLL for (int p = 0; p < P; ++p) z[p] = flat[p];
   }
-  HYBRIDOPS_UNROLL for (int p = 0; p < P; ++p) {
-    if (residual && !gate) z[p] += load_some(center + p * d.C + c, left);
-    if (gate) z[p] = load_some(center + p * d.C + c, left) / (exp(-z[p]) + 1.0f);
-    store_some(y + p * d.C + c, z[p], left);
+  const bool residual = behind.residual && !behind.gate;
+  HYBRIDOPS_UNROLL for (int p = 0; p < P; ++p, center += C, y += C) {
+    asm("" : "+r"(center), "+r"(y));  // else each of their addresses lies on the stack
+    store_some(y, residual ? z[p] + load_some(center, left) : z[p], left);
   }
 }
 
+// f(c, how many channels there are from c on), a vector of channels at a time.
+template <class F>
+HYBRIDOPS_INLINE void each_vector(int64_t C, const F& f) {
+  int64_t c = 0;
+  for (; c + kLanes <= C; c += kLanes) f(c, kLanes);
+  if (c < C) f(c, C - c);
+}
+
+// P output pixels side by side, all with the same taps inside the grid; all channels.
 template <int P, class T>
 __attribute__((noinline)) void pixels(const T* x, const float* taps, const float* bias,
                                       const Depthwise& d, int64_t h0, int64_t w0, Window rows,
-                                      Window columns, bool residual, bool gate, int64_t activation,
-                                      const T* center, T* y) {
-  int64_t c = 0;
-  for (; c + kLanes <= d.C; c += kLanes)
-    pixels_at<P>(x, taps, bias, d, h0, w0, rows, columns, residual, gate, activation, center, y, c,
-                 kLanes);
-  if (c < d.C)
-    pixels_at<P>(x, taps, bias, d, h0, w0, rows, columns, residual, gate, activation, center, y, c,
-                 d.C - c);
+                                      Window columns, Behind behind, const T* center, T* y) {
+  each_vector(d.C, [&](int64_t c, int64_t left) __attribute__((always_inline)) {
+    const Vec start = bias ? load_some(bias + c, left) : Vec{};
+    Vec z[P];
+    HYBRIDOPS_UNROLL for (int p = 0; p < P; ++p) z[p] = start;
+    for (int64_t i = rows.first; i < rows.last; ++i) {
+      const T* from = x + ((h0 + i) * d.W + w0 + columns.first) * d.C + c;
+      const float* tap = taps + (i * d.K + columns.first) * d.C + c;
+      for (int64_t j = columns.first; j < columns.last; ++j, from += d.C, tap += d.C) {
+        const Vec weight = load_some(tap, left);
+        HYBRIDOPS_UNROLL for (int p = 0; p < P; ++p) z[p] =
+            fma(load_some(from + p * d.stride * d.C, left), weight, z[p]);
+      }
+    }
+    finish(z, behind, center + c, y + c, d.C, left);
+  });
+}
+
+constexpr int kWide = 7;  // the grids of images of 224 are 7, 14, 28 and 56 wide
+
+// What one row of x, `from` one pixel to the left of the outputs, adds to kWide of them by three
+// taps: a pixel is loaded once for the three outputs that see it.
+template <bool kLeft, bool kRight, class T>
+HYBRIDOPS_INLINE void add_row(Vec (&z)[kWide], const T* from, const float* tap, int64_t C,
+                              int64_t left) {
+  const Vec t0 = load_some(tap, left), t1 = load_some(tap + C, left),
+            t2 = load_some(tap + 2 * C, left);
+  HYBRIDOPS_UNROLL for (int q = 0; q < kWide + 2; ++q) {
+    if (q % 3 == 0) {  // three addresses from one register; else each of 27 lies on the stack
+      if (q > 0) from += 3 * C;
+      asm("" : "+r"(from));
+    }
+    if ((kLeft && q == 0) || (kRight && q == kWide + 1)) continue;
+    const Vec pixel = load_some(from + q % 3 * C, left);
+    if (q < kWide) z[q] = fma(pixel, t0, z[q]);
+    if (q >= 1 && q <= kWide) z[q - 1] = fma(pixel, t1, z[q - 1]);
+    if (q >= 2) z[q - 2] = fma(pixel, t2, z[q - 2]);
+  }
+}
+
+// The case of CPVT and Twins, 3 x 3 with stride 1 and padding 1, unrolled: kWide pixels from w on,
+// which may be the first of their row, the last, or both.
+template <bool kLeft, bool kRight, class T>
+__attribute__((noinline)) void wide(const T* x, const float* taps, const float* bias,
+                                    const Depthwise& d, int64_t h, int64_t w, Behind behind, T* y) {
+  const int64_t C = d.C, line = d.W * C;
+  const bool above = h > 0, below = h + 1 < d.H;
+  const T* center = x + (h * d.W + w) * C;
+  each_vector(C, [&](int64_t c, int64_t left) __attribute__((always_inline)) {
+    const Vec start = bias ? load_some(bias + c, left) : Vec{};
+    const T* from = center - C + c;
+    // A cache line's worth of the pixels that the next row adds, and of its outputs: streams this
+    // short are over before the hardware has noticed them.
+    if (behind.far && c % (64 / (int64_t)sizeof(T)) == 0)
+      HYBRIDOPS_UNROLL for (int p = 0; p < kWide; ++p) {
+        __builtin_prefetch(center + 2 * line + p * C + c);
+        __builtin_prefetch(y + line + p * C + c, 1);
+      }
+    Vec z[kWide];
+    HYBRIDOPS_UNROLL for (int p = 0; p < kWide; ++p) z[p] = start;
+    if (above) add_row<kLeft, kRight>(z, from - line, taps + c, C, left);
+    add_row<kLeft, kRight>(z, from, taps + 3 * C + c, C, left);
+    if (below) add_row<kLeft, kRight>(z, from + line, taps + 6 * C + c, C, left);
+    finish(z, behind, center + c, y + c, C, left);
+  });
 }
 
 template <class T>
 void row(const T* x, const float* taps, const float* bias, const Depthwise& d, int64_t ho,
-         bool residual, bool gate, int64_t activation, T* y) {
+         Behind behind, T* y) {
   const int64_t h0 = ho * d.stride - d.padding;
-  const Window rows(h0, d.K, d.H);
   y += ho * d.Wo * d.C;
+  if (d.K == 3 && d.stride == 1 && d.padding == 1 && d.W >= kWide) {
+    for (int64_t w = 0;; w = std::min(w + kWide, d.W - kWide)) {  // the last may overlap
+      const bool left = w == 0, right = w + kWide == d.W;
+      const auto f = left && right ? wide<true, true, T>
+                     : left        ? wide<true, false, T>
+                     : right       ? wide<false, true, T>
+                                   : wide<false, false, T>;
+      f(x, taps, bias, d, ho, w, behind, y + w * d.C);
+      if (right) return;
+    }
+  }
+  const Window rows(h0, d.K, d.H);
   for (int64_t wo = 0; wo < d.Wo;) {
     const int64_t w0 = wo * d.stride - d.padding;
     const T* center = x + (ho * d.W + wo) * d.C;  // only read where the grids are equal
     const bool inside =
         w0 >= 0 && wo + kPixels <= d.Wo && w0 + (kPixels - 1) * d.stride + d.K <= d.W;
-    if (inside) {
-      pixels<kPixels>(x, taps, bias, d, h0, w0, rows, Window(w0, d.K, d.W), residual, gate,
-                      activation, center, y + wo * d.C);
-      wo += kPixels;
-    } else {
-      pixels<1>(x, taps, bias, d, h0, w0, rows, Window(w0, d.K, d.W), residual, gate, activation,
-                center, y + wo * d.C);
-      ++wo;
-    }
+    const auto f = inside ? pixels<kPixels, T> : pixels<1, T>;
+    f(x, taps, bias, d, h0, w0, rows, Window(w0, d.K, d.W), behind, center, y + wo * d.C);
+    wo += inside ? kPixels : 1;
   }
 }
 
@@ -145,12 +216,12 @@ void backward(const T* dy, const T* x, const float* taps, const Depthwise& d, bo
 int64_t channel_block() { return 2 * kLanes; }
 
 void depthwise_row(const void* x, Type type, const float* taps, const float* bias,
-                   const Depthwise& d, int64_t ho, bool residual, bool gate, int64_t activation,
-                   void* y) {
+                   const Depthwise& d, int64_t ho, bool residual, bool gate, bool far,
+                   int64_t activation, void* y) {
   if (type == Type::kFloat)
-    row((const float*)x, taps, bias, d, ho, residual, gate, activation, (float*)y);
+    row((const float*)x, taps, bias, d, ho, {residual, gate, far, activation}, (float*)y);
   else
-    row((const BFloat16*)x, taps, bias, d, ho, residual, gate, activation, (BFloat16*)y);
+    row((const BFloat16*)x, taps, bias, d, ho, {residual, gate, far, activation}, (BFloat16*)y);
 }
 
 void depthwise_backward(const void* dy, const void* x, Type type, const float* taps,

@@ -13,10 +13,10 @@ struct Depthwise {
 
 // Output row `ho` of one image: x (H, W, C), taps (K * K, C) and bias (C, or null) in fp32, y (Ho,
 // Wo, C); x and y in `type`. y = activation(conv) + x where residual, x * sigmoid(activation(conv))
-// where gate.
+// where gate. far: x and y come from DRAM, so rows are fetched ahead.
 void depthwise_row(const void* x, Type type, const float* taps, const float* bias,
-                   const Depthwise& d, int64_t ho, bool residual, bool gate, int64_t activation,
-                   void* y);
+                   const Depthwise& d, int64_t ho, bool residual, bool gate, bool far,
+                   int64_t activation, void* y);
 
 // Channels [begin, end) of one image, in one pass: dx (H, W, C) written, dtaps (K * K, C) and dbias
 // (C) added to. Tokens of an image lie C apart.

@@ -187,8 +187,18 @@ HYBRIDOPS_INLINE BFloat16 to_bfloat16(float x) {  // to nearest even; NaN stays 
   return (BFloat16)((x != x ? bits | 0x400000 : bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
+// a > b ? a : b and a < b ? a : b, so b where one is NaN. Written like that they are a comparison
+// and a choice to gcc 12, not the one instruction.
+#if defined(HYBRIDOPS_ISA_AVX512) && !defined(HYBRIDOPS_EMULATE)
+HYBRIDOPS_INLINE Vec max(Vec a, Vec b) { return (Vec)_mm512_max_ps((__m512)a, (__m512)b); }
+HYBRIDOPS_INLINE Vec min(Vec a, Vec b) { return (Vec)_mm512_min_ps((__m512)a, (__m512)b); }
+#elif defined(HYBRIDOPS_ISA_AVX2)
+HYBRIDOPS_INLINE Vec max(Vec a, Vec b) { return (Vec)_mm256_max_ps((__m256)a, (__m256)b); }
+HYBRIDOPS_INLINE Vec min(Vec a, Vec b) { return (Vec)_mm256_min_ps((__m256)a, (__m256)b); }
+#else
 HYBRIDOPS_INLINE Vec max(Vec a, Vec b) { return a > b ? a : b; }
 HYBRIDOPS_INLINE Vec min(Vec a, Vec b) { return a < b ? a : b; }
+#endif
 
 // The first n lanes of x, `other` in the rest.
 HYBRIDOPS_INLINE Vec keep(Vec x, int64_t n, float other) {
