@@ -10,6 +10,17 @@ from .case import Attention, Case, Conv, ConvStem, Linear, PatchEmbed, Peg
 
 ATTENTION = [
     Attention("levit_stage1", B=1, H=4, Nq=196, D=16, Dv=32, bias="table", activation="hardswish"),
+    # What an optimized model computes: its table spread out once.
+    Attention(
+        "levit_stage1_spread",
+        B=1,
+        H=4,
+        Nq=196,
+        D=16,
+        Dv=32,
+        bias=(1, 4, 196, 196),
+        activation="hardswish",
+    ),
     Attention("levit_stage2", B=1, H=6, Nq=49, D=16, Dv=32, bias="table", activation="hardswish"),
     Attention("levit_stage3", B=1, H=8, Nq=16, D=16, Dv=32, bias="table", activation="hardswish"),
     Attention("levit_down", B=1, H=8, Nq=49, Nk=196, D=16, Dv=64, bias="table"),
