@@ -236,8 +236,10 @@ def _exports_to_onnx() -> bool:
 
 
 def packs(weight: Tensor) -> bool:
-    """Whether the CPU library has an order of its own for this weight."""
-    return ISA is not None and weight.is_cpu and weight.dtype in CPU_DTYPES
+    """Whether the CPU library has an order of its own for this weight, and serves it."""
+    return (
+        ISA is not None and _forced != "reference" and weight.is_cpu and weight.dtype in CPU_DTYPES
+    )
 
 
 def is_captured() -> bool:

@@ -402,6 +402,15 @@ def test_a_shape_changed_keeps_the_rest():
     assert (case.B, case.C, case.kernel) == (3, 192, (8, 8))
 
 
+@pytest.mark.parametrize("op", ["linear", "patch_embed", "conv_stem"])
+def test_eager_packs_no_weights(op, monkeypatch):
+    case = next(case for case in CASES[op] if case.packed)
+    task = op_task.op_task(case)
+    monkeypatch.setattr(torch.ops.hybridops, "pack_linear", pytest.fail)
+    with task.world(), torch.no_grad():
+        task.module(*task.draw(0))
+
+
 def test_peers_say_why_they_cannot():
     fwd = op_task.op_task(op_task.find_cases("linear", "M=4,K=8,N=8")[0], backend="reference")
     fwd.set_inputs(0)

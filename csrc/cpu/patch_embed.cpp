@@ -1,7 +1,7 @@
 // hybridops::patch_embed: see hybridops/ops/patch_embed.py for the meaning.
 #include <cstring>
 
-#include "../simd/conv.h"
+#include "conv.h"
 #include "linear.h"
 
 namespace hybridops {
@@ -15,32 +15,51 @@ using simd::Rows;
 using simd::Type;
 
 struct Patches {
-  int64_t Ci, Kh, Kw, stride, top, left, Hp, Wp, Wo, N;
+  int64_t Ci, Kh, Kw, stride, top, left, Hp, Wp, Ho, Wo;
   bool planar;  // must agree with is_planar() in patch_embed.py: it decides the order of `packed`
   Type type;    // in which they are multiplied
 
   Depth depth() const { return planar ? Depth{type, Kw, Ci * Kh} : Depth{type, Kw * Ci, Kh}; }
 };
 
-// The rows under the patches of one image: where it lies if its planes can be read directly, else
-// in `buffer`.
+// The rows under the patches of one image (Hp, Wp, Ci): where it lies if they can be read there,
+// else in `buffer`.
 Rows rows_of(const Image& image, const Patches& p, float* buffer) {
-  const bool in_place = p.Hp == image.H && p.Wp == image.W && image.type == p.type;
-  if (!p.planar) {
-    if (in_place && image.stride_c == 1 && image.stride_w == p.Ci)
-      return {image.data,  p.type, Grid{p.Wo, p.stride * image.stride_h, p.stride * p.Ci},
-              p.Kw * p.Ci, p.Kh,   image.stride_h};
-    simd::load_padded(image, p.top, p.left, p.Wp, 0, p.Hp, buffer, p.type);
-    return {buffer,      p.type, Grid{p.Wo, p.stride * p.Wp * p.Ci, p.stride * p.Ci},
-            p.Kw * p.Ci, p.Kh,   p.Wp * p.Ci};
-  }
-  if (in_place && image.stride_w == 1)
-    return {image.data, p.type,        Grid{p.Wo, p.stride * image.stride_h, p.stride},
-            p.Kw,       p.Ci,          image.stride_c,
-            p.Kh,       image.stride_h};
-  simd::load_planes(image, p.top, p.left, p.Hp, p.Wp, buffer, p.type);
-  return {buffer, p.type, Grid{p.Wo, p.stride * p.Wp, p.stride}, p.Kw, p.Ci, p.Hp * p.Wp,
-          p.Kh,   p.Wp};
+  if (p.Hp == image.H && p.Wp == image.W && image.type == p.type && image.stride_c == 1 &&
+      image.stride_w == p.Ci)
+    return {image.data,  p.type, Grid{p.Wo, p.stride * image.stride_h, p.stride * p.Ci},
+            p.Kw * p.Ci, p.Kh,   image.stride_h};
+  simd::load_padded(image, p.top, p.left, p.Wp, 0, p.Hp, buffer, p.type);
+  return {buffer,      p.type, Grid{p.Wo, p.stride * p.Wp * p.Ci, p.stride * p.Ci},
+          p.Kw * p.Ci, p.Kh,   p.Wp * p.Ci};
+}
+
+// The patches of planes, some at a time, copied to rows: in place, a row of 768 numbers would be 48
+// runs far apart, read again for each panel of the weight.
+void planar_product(const Image& image, const Patches& p, const float* panels, int64_t C,
+                    const Output& output) {
+  constexpr int64_t kTogether = 128;  // a part of L2
+  const Depth K = p.depth();
+  const int64_t width = K.length * K.runs;
+  const bool one_run = p.type == Type::kFloat || p.Kw % 2 == 0;
+  const simd::PatchGrid grid{p.Kh, p.Kw, p.stride, p.top, p.left, p.Wo};
+  parallel(p.Ho, [&](int64_t begin, int64_t end) {
+    Scratch scratch;
+    const int64_t pieces = divide_up((end - begin) * p.Wo, kTogether);
+    const int64_t lines = divide_up(end - begin, pieces);
+    float* rows = scratch.take(lines * p.Wo * width);
+    for (int64_t ho = begin; ho < end; ho += lines) {
+      const int64_t n = std::min(lines, end - ho), first = ho * p.Wo;
+      simd::load_patches(image, grid, ho, ho + n, rows, p.type);
+      Output part = output;
+      part.data = offset(output.data, output.type, first * C);
+      if (output.residual) part.residual = offset(output.residual, output.type, first * C);
+      part.few_rows = p.Ho * p.Wo < 4;
+      simd::product({rows, p.type, simd::plain_rows(width), one_run ? width : p.Kw,
+                     one_run ? 1 : K.runs, p.Kw},
+                    0, n * p.Wo, panels, C, 0, simd::panel_count(C), part);
+    }
+  });
 }
 
 // rows (n, C) in `type` += added (n, C) in `type`
@@ -88,7 +107,7 @@ Tensor patch_embed(Tensor image, Tensor weight, std::optional<Tensor> bias,
 
   Scratch scratch;
   const Patches patches{Ci, Kh, Kw, stride, padding[0],         padding[1],
-                        Hp, Wp, Wo, N,      Ci <= 4 && Kw >= 8, simd::product_type(type)};
+                        Hp, Wp, Ho, Wo,     Ci <= 4 && Kw >= 8, simd::product_type(type)};
   const float* panels;
   if (packed.has_value()) {
     panels =
@@ -108,7 +127,7 @@ Tensor patch_embed(Tensor image, Tensor weight, std::optional<Tensor> bias,
   const float *shift = floats(scratch, bias), *norm = floats(scratch, norm_weight);
   const float* norm_shift = floats(scratch, norm_bias);
   const simd::Grid plain = simd::plain_rows(C);
-  float* buffer = scratch.take(Ci * Hp * Wp);
+  float* buffer = patches.planar ? nullptr : scratch.take(Ci * Hp * Wp);
   float* raw = norm ? scratch.take(N * C) : nullptr;
 
   for (int64_t b = 0; b < B; ++b) {
@@ -117,21 +136,17 @@ Tensor patch_embed(Tensor image, Tensor weight, std::optional<Tensor> bias,
       std::memcpy(out, front->const_data_ptr(), P * C * size_of(type));
       if (pos_data && pos_rows != N) add_into(out, pos_data, type, P * C);
     }
-    const Image source{offset(image.const_data_ptr(), type_of(image), b * image.stride(0)),
-                       type_of(image),
-                       Ci,
-                       image.size(2),
-                       image.size(3),
-                       image.stride(1),
-                       image.stride(2),
-                       image.stride(3)};
+    const Image source = image_of(image, b);
     void* patch_tokens = offset(out, type, P * C);
     Output output{patch_tokens, type, plain, shift};
     if (norm)
       output = {raw, Type::kFloat, plain, shift};
     else if (patch_pos)
       output.residual = patch_pos, output.residual_grid = plain;
-    product_parallel(rows_of(source, patches, buffer), N, panels, C, output);
+    if (patches.planar)
+      planar_product(source, patches, panels, C, output);
+    else
+      product_parallel(rows_of(source, patches, buffer), N, panels, C, output);
     if (!norm) continue;
     parallel(divide_up(N, 16), [&](int64_t begin, int64_t end) {
       const int64_t first = begin * 16, rows = std::min(end * 16, N) - first;

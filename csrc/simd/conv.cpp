@@ -64,15 +64,39 @@ void load_rows(const Image& image, int64_t top, int64_t left, int64_t Wp, int64_
   }
 }
 
+// n numbers of a row of pixels.
 template <class T, class E>
-void load_plane_rows(const Image& image, int64_t top, int64_t left, int64_t Hp, int64_t Wp,
-                     const T* data, E* buffer) {
-  std::fill(buffer, buffer + image.C * Hp * Wp, E{});
-  for (int64_t c = 0; c < image.C; ++c)
-    for (int64_t h = 0; h < image.H; ++h) {
-      const T* from = data + c * image.stride_c + h * image.stride_h;
-      E* to = buffer + (c * Hp + h + top) * Wp + left;
-      for (int64_t w = 0; w < image.W; ++w) to[w] = convert<E>(from[w * image.stride_w]);
+HYBRIDOPS_INLINE void copy_pixels(const T* from, int64_t stride, int64_t n, E* to) {
+  if constexpr (!std::is_same_v<T, uint8_t>)
+    if (stride == 1) {
+      for (int64_t j = 0; j < n; j += kLanes) store_some(to + j, load_some(from + j, n - j), n - j);
+      return;
+    }
+  for (int64_t j = 0; j < n; ++j) to[j] = convert<E>(from[j * stride]);
+}
+
+template <class T, class E>
+void load_patch_rows(const Image& image, const PatchGrid& g, int64_t begin, int64_t end,
+                     const T* data, E* patches) {
+  const int64_t K = image.C * g.Kh * g.Kw;
+  for (int64_t ho = begin; ho < end; ++ho, patches += g.Wo * K)
+    for (int64_t run = 0; run < image.C * g.Kh; ++run) {  // all patches' parts of one row of pixels
+      const int64_t c = run / g.Kh, h = ho * g.stride - g.top + run % g.Kh;
+      const bool in_image = h >= 0 && h < image.H;
+      const T* row = data + c * image.stride_c + h * image.stride_h;
+      E* to = patches + run * g.Kw;
+      for (int64_t wo = 0; wo < g.Wo; ++wo, to += K) {
+        const int64_t w = wo * g.stride - g.left;
+        if (in_image && w >= 0 && w + g.Kw <= image.W) {
+          copy_pixels(row + w * image.stride_w, image.stride_w, g.Kw, to);
+          continue;
+        }
+        const int64_t first = in_image ? std::clamp<int64_t>(-w, 0, g.Kw) : g.Kw;
+        const int64_t last = std::clamp<int64_t>(image.W - w, first, g.Kw);
+        std::fill(to, to + first, E{});
+        copy_pixels(row + (w + first) * image.stride_w, image.stride_w, last - first, to + first);
+        std::fill(to + last, to + g.Kw, E{});
+      }
     }
 }
 
@@ -108,10 +132,10 @@ void load_padded(const Image& image, int64_t top, int64_t left, int64_t Wp, int6
   });
 }
 
-void load_planes(const Image& image, int64_t top, int64_t left, int64_t Hp, int64_t Wp,
-                 void* buffer, Type type) {
-  with_types(image, buffer, type, [&](const auto* from, auto* to) {
-    load_plane_rows(image, top, left, Hp, Wp, from, to);
+void load_patches(const Image& image, const PatchGrid& grid, int64_t begin, int64_t end,
+                  void* patches, Type type) {
+  with_types(image, patches, type, [&](const auto* from, auto* to) {
+    load_patch_rows(image, grid, begin, end, from, to);
   });
 }
 

@@ -18,9 +18,16 @@ struct Image {
 void load_padded(const Image& image, int64_t top, int64_t left, int64_t Wp, int64_t begin,
                  int64_t end, void* buffer, Type type);
 
-// The same as planes (C, Hp, Wp).
-void load_planes(const Image& image, int64_t top, int64_t left, int64_t Hp, int64_t Wp,
-                 void* buffer, Type type);
+// Patches of Kh x Kw pixels, `stride` apart, the first of them `top` and `left` of the image's
+// edge.
+struct PatchGrid {
+  int64_t Kh, Kw, stride, top, left, Wo;
+};
+
+// Patch rows [begin, end), Wo patches each, as rows (C, Kh, Kw) of a product type that lie side by
+// side, plane after plane; zeros outside the image.
+void load_patches(const Image& image, const PatchGrid& grid, int64_t begin, int64_t end,
+                  void* patches, Type type);
 
 struct Window2d {
   int64_t Kh, Kw, stride, C, Wp, Wo;  // of a (Hp, Wp, C) buffer

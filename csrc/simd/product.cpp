@@ -12,30 +12,46 @@ inline namespace HYBRIDOPS_SIMD {
 namespace {
 
 // Walks the rows of a Grid with at most one division, at the start.
-struct Cursor {
-  const Grid& grid;
-  int64_t outer, inner;
-  Cursor(const Grid& g, int64_t row)
-      : grid(g),
-        outer(row < g.inner ? 0 : row / g.inner),
-        inner(row < g.inner ? row : row % g.inner) {}
-  int64_t next() {
-    const int64_t at = outer * grid.outer_stride + inner * grid.inner_stride;
-    if (++inner == grid.inner) inner = 0, ++outer;
+class Cursor {
+ public:
+  Cursor(const Grid& grid, int64_t row)
+      : grid_(grid),
+        outer_(row < grid.inner ? 0 : row / grid.inner),
+        inner_(row - outer_ * grid.inner),
+        at_(outer_ * grid.outer_stride + inner_ * grid.inner_stride) {}
+  HYBRIDOPS_INLINE int64_t next() {
+    const int64_t at = at_;
+    at_ += grid_.inner_stride;
+    if (++inner_ == grid_.inner) {
+      inner_ = 0;
+      at_ = ++outer_ * grid_.outer_stride;
+    }
     return at;
   }
+
+ private:
+  Grid grid_;
+  int64_t outer_, inner_, at_;
 };
 
 // What the tiles of a panel fetch, each its share: the next panel, or what comes after the last. At
 // batch 1 the weights of a whole model come from L3 or DRAM, where the first tile of every panel
 // would wait for them.
-struct Fetching {
-  const char* data;
-  int64_t bytes, begin, rows, slots;
-
+class Fetching {
+ public:
+  Fetching(const void* data, int64_t bytes, int64_t begin, int64_t rows, int64_t slots)
+      : data_((const char*)data),
+        begin_(begin),
+        of_row_((bytes << kFraction) / rows),
+        of_step_(of_row_ / slots) {}
   HYBRIDOPS_INLINE Ahead share(int64_t m, int height) const {
-    return {data + (m - begin) * bytes / rows, height * bytes / (rows * slots)};
+    return {data_ + ((m - begin_) * of_row_ >> kFraction), height * of_step_ >> kFraction};
   }
+
+ private:
+  static constexpr int kFraction = 16;  // bits: a division for each tile would cost 3 % of it
+  const char* data_;
+  int64_t begin_, of_row_, of_step_;
 };
 
 // Slots that `length` numbers take.
@@ -71,10 +87,13 @@ struct ProductTile {
     HYBRIDOPS_UNROLL for (int i = 0; i < MR; ++i) a[i] = (const E*)rows.data + from.next();
 
     Ahead ahead = fetching.share(m, MR);
+    const T* added[MR];
     if (output.residual) {  // read last, and each of its lines by one tile alone
       Cursor along(output.residual_grid, m);
-      HYBRIDOPS_UNROLL for (int i = 0; i < MR; ++i)
-          fetch_row<NV>((const T*)output.residual + along.next() + column);
+      HYBRIDOPS_UNROLL for (int i = 0; i < MR; ++i) {
+        added[i] = (const T*)output.residual + along.next() + column;
+        fetch_row<NV>(added[i]);
+      }
     }
     Tile<MR, NV> tile = {};
     Totals<MR, NV> totals(chain_length<E>(output.few_rows));
@@ -106,38 +125,41 @@ struct ProductTile {
         HYBRIDOPS_UNROLL for (int v = 0; v < NV; ++v) tile[i][v] *= scale;
       }
     }
-    if (output.residual_first) add_residual(tile, m);
-    if (output.activation != kNone) {
+    const bool whole = column + NV * kLanes <= N;
+    if (output.residual_first && output.residual) add_rows(tile, added, whole);
+    if (output.activation == kRelu) {
+      HYBRIDOPS_UNROLL for (int i = 0; i < MR * NV; ++i) tile[i / NV][i % NV] =
+          activate<kRelu, T>(tile[i / NV][i % NV]);
+    } else if (output.activation == kHardswish) {
+      HYBRIDOPS_UNROLL for (int i = 0; i < MR * NV; ++i) tile[i / NV][i % NV] =
+          activate<kHardswish, T>(tile[i / NV][i % NV]);
+    } else if (output.activation != kNone) {
       Vec flat[MR * NV];  // a copy, so that the tile itself is never indexed at run time and stays
                           // in registers
       HYBRIDOPS_UNROLL for (int i = 0; i < MR * NV; ++i) flat[i] = tile[i / NV][i % NV];
       activate<T>(flat, MR * NV, output.activation);
       HYBRIDOPS_UNROLL for (int i = 0; i < MR * NV; ++i) tile[i / NV][i % NV] = flat[i];
     }
-    if (!output.residual_first) add_residual(tile, m);
-    const bool whole = column + NV * kLanes <= N;
+    if (!output.residual_first && output.residual) add_rows(tile, added, whole);
     Cursor to(output.grid, m);
     HYBRIDOPS_UNROLL for (int i = 0; i < MR; ++i) {
       T* y = (T*)output.data + to.next() + column;
-      HYBRIDOPS_UNROLL for (int v = 0; v < NV; ++v) {
-        const int64_t n = v * kLanes, left = whole ? kLanes : N - column - n;
-        store_some(y + n, tile[i][v], left);
+      if (whole) {
+        HYBRIDOPS_UNROLL for (int v = 0; v < NV; ++v) store(y + v * kLanes, tile[i][v]);
+      } else {
+        HYBRIDOPS_UNROLL for (int v = 0; v < NV; ++v)
+            store_some(y + v * kLanes, tile[i][v], N - column - v * kLanes);
       }
     }
   }
 
  private:
   template <int MR, int NV>
-  HYBRIDOPS_INLINE void add_residual(Tile<MR, NV>& tile, int64_t m) const {
-    if (!output.residual) return;
-    const bool whole = column + NV * kLanes <= N;
-    Cursor along(output.residual_grid, m);
-    HYBRIDOPS_UNROLL for (int i = 0; i < MR; ++i) {
-      const T* row = (const T*)output.residual + along.next() + column;
-      HYBRIDOPS_UNROLL for (int v = 0; v < NV; ++v) {
-        const int64_t n = v * kLanes, left = whole ? kLanes : N - column - n;
-        tile[i][v] += load_some(row + n, left);
-      }
+  HYBRIDOPS_INLINE void add_rows(Tile<MR, NV>& tile, const T* const (&added)[MR],
+                                 bool whole) const {
+    HYBRIDOPS_UNROLL for (int i = 0; i < MR; ++i) HYBRIDOPS_UNROLL for (int v = 0; v < NV; ++v) {
+      const int64_t n = v * kLanes, left = whole ? kLanes : N - column - n;
+      tile[i][v] += load_some(added[i] + n, left);
     }
   }
 };
@@ -352,16 +374,15 @@ void product(const Rows& rows, int64_t row_begin, int64_t row_end, const float* 
     const int64_t first = panels.offset(p) * kLanes, next = panels.offset(p + 1) * kLanes;
     const bool last = p + 1 == panel_end;
     const int64_t floats = last ? output.then_floats : panels.width(p + 1) * kLanes * K;
-    const Fetching fetching{(const char*)(last ? output.then : packed + next * K), floats * 4,
-                            row_begin, row_end - row_begin, std::max<int64_t>(K, 1)};
+    const Fetching fetching(last ? output.then : packed + next * K, floats * 4, row_begin,
+                            row_end - row_begin, std::max<int64_t>(K, 1));
     with_element(rows.type == Type::kBFloat16, [&](auto element) {
-      using E = decltype(element);
-      if (output.type == Type::kFloat)
+      const auto tiles = [&](auto of_output) {
+        using Tiles = ProductTile<decltype(element), decltype(of_output)>;
         for_tiles(panels.width(p), row_begin, row_end,
-                  ProductTile<E, float>{rows, packed + first * K, first, N, output, fetching});
-      else
-        for_tiles(panels.width(p), row_begin, row_end,
-                  ProductTile<E, BFloat16>{rows, packed + first * K, first, N, output, fetching});
+                  Tiles{rows, packed + first * K, first, N, output, fetching});
+      };
+      output.type == Type::kFloat ? tiles(float{}) : tiles(BFloat16{});
     });
   }
 }
@@ -369,8 +390,8 @@ void product(const Rows& rows, int64_t row_begin, int64_t row_end, const float* 
 void plain_product(const void* a, int64_t stride_a, int64_t M, const Depth& K, const float* packed,
                    int64_t N, float* c, int64_t stride_c, const float* then, int64_t then_floats) {
   const Panels panels(N);
-  const Fetching fetching{(const char*)then, then_floats * 4, 0, std::max<int64_t>(M, 1),
-                          std::max<int64_t>(slots(K), 1)};
+  const Fetching fetching(then, then_floats * 4, 0, std::max<int64_t>(M, 1),
+                          std::max<int64_t>(slots(K), 1));
   for (int64_t p = 0; p < panels.count; ++p) {
     const int64_t first = panels.offset(p) * kLanes;
     with_element(K.type == Type::kBFloat16, [&](auto element) {
