@@ -117,6 +117,7 @@ PEG = [
         for H, W, K in ((1, 1, 3), (1, 7, 5), (7, 1, 3), (7, 7, 7), (2, 2, 9))
     ),
     *(Peg(f"c{C}", B=1, H=7, W=7, C=C) for C in (1, 8, 15, 16, 17, 64)),
+    Peg("c270", B=1, H=2, W=8, C=270),
     Peg("no_bias", H=7, W=7, C=24, bias=False),
     Peg("no_residual", H=7, W=9, C=24, residual=False, prefix=1),
     *(Peg(f"stride{S}", H=14, W=13, C=21, stride=S, residual=False) for S in (2, 4, 8)),

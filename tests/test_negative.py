@@ -156,6 +156,7 @@ BAD = {
         "grid a number": ({"grid": 12}, ValueError, r"\(H, W\)"),
         "grid None": ({"grid": None}, ValueError, r"\(H, W\)"),
         "grid negative twice": ({"grid": (-3, -4)}, ValueError, "grid height"),
+        "grid of 2**64 cells": ({"grid": (2**33, 2**31), "prefix": 13}, ValueError, "grid height"),
         "prefix forgotten": ({"prefix": 0}, ValueError, r"0 \+ 3\*4"),
         "stride with residual": ({"stride": 2}, ValueError, "residual and gate"),
         "gate and stride": (

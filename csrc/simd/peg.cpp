@@ -158,13 +158,79 @@ void row(const T* x, const float* taps, const float* bias, const Depthwise& d, i
   }
 }
 
+// sums[3 i + j] += dy * x[i, j] of the pixels around one output pixel, sums[9] += dy. `x`: the
+// three rows, from the pixel to the left on.
+template <bool kLeft, bool kRight, bool kAbove, bool kBelow, class T>
+HYBRIDOPS_INLINE void add_pixel(Vec (&sums)[10], const T* dy, const T* const (&x)[3], int64_t C,
+                                int64_t left) {
+  const Vec gradient = load_some(dy, left);
+  sums[9] += gradient;
+  HYBRIDOPS_UNROLL for (int i = 0; i < 3; ++i) {
+    if ((i == 0 && !kAbove) || (i == 2 && !kBelow)) continue;
+    HYBRIDOPS_UNROLL for (int j = 0; j < 3; ++j) {
+      if ((j == 0 && kLeft) || (j == 2 && kRight)) continue;
+      sums[3 * i + j] = fma(gradient, load_some(x[i] + j * C, left), sums[3 * i + j]);
+    }
+  }
+}
+
+// The same over a row of outputs.
+template <bool kAbove, bool kBelow, class T>
+HYBRIDOPS_INLINE void add_pixels(Vec (&sums)[10], const T* dy, const T* x, const Depthwise& d,
+                                 int64_t left) {
+  const int64_t C = d.C, line = d.W * C;
+  const T* rows[3] = {x - line - C, x - C, x + line - C};
+  const auto next = [&]() __attribute__((always_inline)) {
+    dy += C;
+    HYBRIDOPS_UNROLL for (int i = 0; i < 3; ++i) rows[i] += C;
+  };
+  if (d.W == 1) return add_pixel<true, true, kAbove, kBelow>(sums, dy, rows, C, left);
+  add_pixel<true, false, kAbove, kBelow>(sums, dy, rows, C, left);
+  next();
+  for (int64_t w = 1; w + 1 < d.W; ++w, next())
+    add_pixel<false, false, kAbove, kBelow>(sums, dy, rows, C, left);
+  add_pixel<false, true, kAbove, kBelow>(sums, dy, rows, C, left);
+}
+
+// Sums in three levels, row, image, batch: rounding errors do not grow with the number of tokens.
 template <class T>
-void backward(const T* dy, const T* x, const float* taps, const Depthwise& d, bool residual,
-              int64_t begin, int64_t end, T* dx, float* dtaps, float* dbias) {
+void weight_gradient_3x3(const T* dy, const T* x, const Depthwise& d, int64_t begin, int64_t end,
+                         float* dtaps, float* dbias) {
+  constexpr int64_t kTogether = 16;  // vectors: of a row's tokens, whole stretches are read
+  for (; begin < end; begin += kTogether * kLanes) {
+    const int64_t vectors = std::min((end - begin + kLanes - 1) / kLanes, kTogether);
+    Vec image[kTogether][10] = {};
+    for (int64_t h = 0; h < d.H; ++h)
+      for (int64_t v = 0; v < vectors; ++v) {
+        const int64_t c = begin + v * kLanes, at = h * d.W * d.C + c, left = end - c;
+        const bool above = h > 0, below = h + 1 < d.H;
+        Vec row[10] = {};
+        if (above && below)
+          add_pixels<true, true>(row, dy + at, x + at, d, left);
+        else if (above)
+          add_pixels<true, false>(row, dy + at, x + at, d, left);
+        else if (below)
+          add_pixels<false, true>(row, dy + at, x + at, d, left);
+        else
+          add_pixels<false, false>(row, dy + at, x + at, d, left);
+        HYBRIDOPS_UNROLL for (int t = 0; t < 10; ++t) image[v][t] += row[t];
+      }
+    for (int64_t v = 0; v < vectors; ++v)
+      for (int t = 0; t < 10; ++t) {
+        const int64_t c = begin + v * kLanes, left = end - c;
+        float* sum = t < 9 ? dtaps + t * d.C + c : dbias + c;
+        store_some(sum, load_some(sum, left) + image[v][t], left);
+      }
+  }
+}
+
+template <class T>
+void weight_gradient(const T* dy, const T* x, const Depthwise& d, int64_t begin, int64_t end,
+                     float* dtaps, float* dbias) {
+  if (d.K == 3 && d.stride == 1 && d.padding == 1)
+    return weight_gradient_3x3(dy, x, d, begin, end, dtaps, dbias);
   for (int64_t c = begin; c < end; c += kLanes) {
     const int64_t left = end - c;
-    // Sums in three levels, row, image, batch: rounding errors do not grow with the number of
-    // tokens.
     for (int64_t i = 0; i < d.K; ++i)
       for (int64_t j = 0; j < d.K; ++j) {
         float* slot = dtaps + (i * d.K + j) * d.C + c;
@@ -191,23 +257,28 @@ void backward(const T* dy, const T* x, const float* taps, const Depthwise& d, bo
       bias_sum += row_sum;
     }
     store_some(dbias + c, load_some(dbias + c, left) + bias_sum, left);
-    for (int64_t h = 0; h < d.H; ++h)
-      for (int64_t w = 0; w < d.W; ++w) {
-        Vec total = residual ? load_some(dy + (h * d.W + w) * d.C + c, left) : Vec{};
-        for (int64_t i = 0; i < d.K; ++i) {
-          const int64_t top = h + d.padding - i;
-          if (top < 0 || top % d.stride || top / d.stride >= d.Ho) continue;
-          for (int64_t j = 0; j < d.K; ++j) {
-            const int64_t side = w + d.padding - j;
-            if (side < 0 || side % d.stride || side / d.stride >= d.Wo) continue;
-            const T* from = dy + (top / d.stride * d.Wo + side / d.stride) * d.C + c;
-            total =
-                fma(load_some(from, left), load_some(taps + (i * d.K + j) * d.C + c, left), total);
-          }
-        }
-        store_some(dx + (h * d.W + w) * d.C + c, total, left);
-      }
   }
+}
+
+template <class T>
+void input_gradient(const T* dy, const float* taps, const Depthwise& d, int64_t h, T* dx) {
+  each_vector(d.C, [&](int64_t c, int64_t left) {
+    for (int64_t w = 0; w < d.W; ++w) {
+      Vec total{};
+      for (int64_t i = 0; i < d.K; ++i) {
+        const int64_t top = h + d.padding - i;
+        if (top < 0 || top % d.stride || top / d.stride >= d.Ho) continue;
+        for (int64_t j = 0; j < d.K; ++j) {
+          const int64_t side = w + d.padding - j;
+          if (side < 0 || side % d.stride || side / d.stride >= d.Wo) continue;
+          const T* from = dy + (top / d.stride * d.Wo + side / d.stride) * d.C + c;
+          total =
+              fma(load_some(from, left), load_some(taps + (i * d.K + j) * d.C + c, left), total);
+        }
+      }
+      store_some(dx + (h * d.W + w) * d.C + c, total, left);
+    }
+  });
 }
 
 }  // namespace
@@ -224,15 +295,20 @@ void depthwise_row(const void* x, Type type, const float* taps, const float* bia
     row((const BFloat16*)x, taps, bias, d, ho, {residual, gate, far, activation}, (BFloat16*)y);
 }
 
-void depthwise_backward(const void* dy, const void* x, Type type, const float* taps,
-                        const Depthwise& d, bool residual, int64_t begin, int64_t end, void* dx,
-                        float* dtaps, float* dbias) {
+void depthwise_input_gradient(const void* dy, Type type, const float* taps, const Depthwise& d,
+                              int64_t h, void* dx) {
   if (type == Type::kFloat)
-    backward((const float*)dy, (const float*)x, taps, d, residual, begin, end, (float*)dx, dtaps,
-             dbias);
+    input_gradient((const float*)dy, taps, d, h, (float*)dx);
   else
-    backward((const BFloat16*)dy, (const BFloat16*)x, taps, d, residual, begin, end, (BFloat16*)dx,
-             dtaps, dbias);
+    input_gradient((const BFloat16*)dy, taps, d, h, (BFloat16*)dx);
+}
+
+void depthwise_weight_gradient(const void* dy, const void* x, Type type, const Depthwise& d,
+                               int64_t begin, int64_t end, float* dtaps, float* dbias) {
+  if (type == Type::kFloat)
+    weight_gradient((const float*)dy, (const float*)x, d, begin, end, dtaps, dbias);
+  else
+    weight_gradient((const BFloat16*)dy, (const BFloat16*)x, d, begin, end, dtaps, dbias);
 }
 
 }  // namespace hybridops::simd

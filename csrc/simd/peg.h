@@ -1,5 +1,5 @@
-// Depthwise convolution on tokens: one image's output rows, or one slice of channels of its
-// gradients.
+// Depthwise convolution on tokens: one image's rows, or one slice of channels of its weight's
+// gradient.
 #pragma once
 #include <cstdint>
 
@@ -18,11 +18,13 @@ void depthwise_row(const void* x, Type type, const float* taps, const float* bia
                    const Depthwise& d, int64_t ho, bool residual, bool gate, bool far,
                    int64_t activation, void* y);
 
-// Channels [begin, end) of one image, in one pass: dx (H, W, C) written, dtaps (K * K, C) and dbias
-// (C) added to. Tokens of an image lie C apart.
-void depthwise_backward(const void* dy, const void* x, Type type, const float* taps,
-                        const Depthwise& d, bool residual, int64_t begin, int64_t end, void* dx,
-                        float* dtaps, float* dbias);
+// Row h of one image's dx (H, W, C), written; dy (Ho, Wo, C) and taps (K * K, C).
+void depthwise_input_gradient(const void* dy, Type type, const float* taps, const Depthwise& d,
+                              int64_t h, void* dx);
+
+// Channels [begin, end) of one image: dtaps (K * K, C) and dbias (C) are added to.
+void depthwise_weight_gradient(const void* dy, const void* x, Type type, const Depthwise& d,
+                               int64_t begin, int64_t end, float* dtaps, float* dbias);
 
 int64_t channel_block();  // slices of channels in multiples of it waste nothing
 

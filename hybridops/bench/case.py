@@ -95,6 +95,10 @@ class Case:
         """Packed weights under names that `call` looks for: packed once, used in many calls."""
         return {}
 
+    def refusal(self, dtype: str, mode: str, backend: str) -> str | None:
+        """Why ours has no kernel for that, if so: the op is then torch's, and not worth a row."""
+        return None
+
     def work_share(self, t: Inputs) -> float:
         """The part of the reference's FLOPs that is needed: masked keys need none."""
         return 1.0
@@ -314,6 +318,68 @@ class PatchEmbed(Case):
 
     def pack(self, t):
         return t if "packed" in t else {"packed": ops.pack_patch(t["weight"])}
+
+
+@dataclass(frozen=True, kw_only=True)
+class BodyConv(Case):
+    """A convolution of a ResNet's body, from pixels side by side to such pixels."""
+
+    size: ClassVar[int]
+    B: int = 1
+    H: int
+    W: int
+    C: int
+    N: int
+    stride: int = 1
+    activation: str = "relu"
+    residual: bool = False
+    packed: bool = True
+    layout: str = "channels_last"
+
+    def tensors(self, draw):
+        fan_in = self.C * self.size**2
+        t = {"x": draw(self.B, self.C, self.H, self.W), "bias": draw(self.N)}
+        t["weight"] = draw(self.N, self.C, self.size, self.size, std=max(fan_in, 1) ** -0.5)
+        if self.residual:
+            height, width = -(-self.H // self.stride), -(-self.W // self.stride)
+            t["residual"] = draw(self.B, self.N, height, width)
+        return t
+
+    def call(self, t):
+        op = ops.conv1x1 if self.size == 1 else ops.conv3x3
+        return op(
+            t["x"],
+            t["weight"],
+            t["bias"],
+            stride=self.stride,
+            activation=self.activation,
+            residual=t.get("residual"),
+            packed=self.pack(t)["packed"] if self.packed else None,
+        )
+
+    def pack(self, t):
+        if "packed" in t:
+            return t
+        if self.size == 1:
+            return {"packed": ops.pack_conv1x1(t["weight"])}
+        return {"packed": ops.pack_conv3x3(t["weight"], self.stride)}
+
+    def refusal(self, dtype, mode, backend):
+        served = (dtype, mode, backend) == ("fp32", "fwd", "cpu")
+        return None if served else "ours is for fp32, inference and the CPU"
+
+
+class Conv1x1(BodyConv):
+    op = "conv1x1"
+    size = 1
+
+
+class Conv3x3(BodyConv):
+    op = "conv3x3"
+    size = 3
+
+    def work_share(self, t):
+        return 24 / 72 if self.stride == 1 else 25 / 36  # Winograd's, of 2 x 4 and 2 x 2 outputs
 
 
 class Conv(NamedTuple):

@@ -6,7 +6,7 @@ Windows (Swin) count as the batch of attention.
 
 from __future__ import annotations
 
-from .case import Attention, Case, Conv, ConvStem, Linear, PatchEmbed, Peg
+from .case import Attention, Case, Conv, Conv1x1, Conv3x3, ConvStem, Linear, PatchEmbed, Peg
 
 ATTENTION = [
     Attention("levit_stage1", B=1, H=4, Nq=196, D=16, Dv=32, bias="table", activation="hardswish"),
@@ -97,10 +97,26 @@ LINEAR = [
     ),
 ]
 
+CONV1X1 = [
+    Conv1x1("resnet50_first", H=56, W=56, C=256, N=64),
+    Conv1x1("resnet50_last", H=56, W=56, C=64, N=256, residual=True),
+    Conv1x1("resnet50_stage3", H=14, W=14, C=1024, N=256),
+    Conv1x1("resnet50_shortcut", H=28, W=28, C=512, N=1024, stride=2, activation="none"),
+    Conv1x1("mobilenetv2_expand", H=14, W=14, C=64, N=384),
+]
+CONV3X3 = [
+    Conv3x3("resnet50_stage1", H=56, W=56, C=64, N=64),
+    Conv3x3("resnet50_stage2_down", H=56, W=56, C=128, N=128, stride=2),
+    Conv3x3("resnet50_stage3", H=14, W=14, C=256, N=256),
+    Conv3x3("resnet18_last", H=28, W=28, C=128, N=128, residual=True),
+]
+
 CASES: dict[str, list[Case]] = {
     "attention": [*ATTENTION],
     "peg": [*PEG],
     "conv_stem": [*CONV_STEM],
     "patch_embed": [*PATCH_EMBED],
     "linear": [*LINEAR],
+    "conv1x1": [*CONV1X1],
+    "conv3x3": [*CONV3X3],
 }

@@ -128,6 +128,8 @@ def through(task: Task, backend: str) -> Candidate:
     meaning = task.module
     assert isinstance(meaning, _Meaning)
     skip_unless_there(backend)
+    if why := meaning.case.refusal(task.dtype, task.mode, backend):
+        raise Skip(why)
     tensors = dict(zip(meaning.data, task.inputs, strict=True)) | meaning.weights()
     twin = _Ours(meaning.case, tensors).to(task.torch_dtype)
     twin.load_state_dict({n: t.to(task.torch_dtype) for n, t in meaning.state_dict().items()})

@@ -11,19 +11,24 @@ layers of MobileNet.
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .. import backend
 from ._contract import (
+    CODES,
     LARGEST_PADDING,
+    REFUSALS,
     activate,
     activation_backward,
     activation_code,
     autocast,
     check_flag,
     check_int,
+    check_one_device,
     check_shape,
     check_tensor,
     define,
@@ -74,6 +79,7 @@ define(
 
 @torch.library.register_fake("hybridops::peg", lib=library)
 def _(x, weight, bias, H, W, prefix, stride, padding, *args):
+    check_one_device("peg", x, weight, bias)
     K = weight.shape[-1]
     N = prefix + output_size(H, K, stride, padding) * output_size(W, K, stride, padding)
     return x.new_empty((x.shape[0], N, x.shape[2]))
@@ -159,6 +165,10 @@ def peg(
     Raises ValueError for shapes that do not fit, TypeError for dtypes and for anything but ints
     where ints belong.
     """
+    if backend.runs_at_once(x):
+        with suppress(*REFUSALS), backend.below_autograd():
+            end = (prefix, stride, padding, residual, activation, gate)
+            return _at_once(x, weight, bias, *grid, *end)
     code = activation_code("peg", activation)
     if is_autocast_on(x):
         x, weight, bias = autocast(x, weight, bias)
@@ -197,6 +207,17 @@ def peg(
         )
     if backend.which("peg", x, _unserved(x, H, W), size=K) == "reference":
         return peg_reference(x, weight, bias, H, W, prefix, stride, padding, residual, code, gate)
+    return _forward(x, weight, bias, H, W, prefix, stride, padding, residual, code, gate)
+
+
+def _at_once(x, weight, bias, H, W, prefix, stride, padding, residual, activation, gate):
+    padding = weight.shape[3] // 2 if padding is None else padding
+    for whole in (H, W, prefix, stride, padding):
+        if type(whole) is not int:
+            raise TypeError
+    if type(residual) is not bool or type(gate) is not bool:
+        raise TypeError
+    code = CODES[activation]
     return _forward(x, weight, bias, H, W, prefix, stride, padding, residual, code, gate)
 
 
