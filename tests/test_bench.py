@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import threading
 import time
@@ -11,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from hybridops import bench
 from hybridops.bench import check, clock, measure, op_task, peers, roof, sample, stats
@@ -208,6 +210,23 @@ def test_a_roof_that_was_too_low_is_measured_again(monkeypatch):
     ours, _ = compared(lambda x: x @ x.T, lambda x: x @ x.T)
     assert ours.verdict == "OK"
     assert True in asked
+
+
+def test_flops_of_a_module_that_is_given_a_view_of_a_parameter():
+    class Queries(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.queries, self.fc = nn.Parameter(torch.randn(3, 8)), nn.Linear(8, 8)
+
+        def forward(self, x):
+            return self.fc(self.queries.expand(len(x), -1, -1)) + x[:, None]
+
+    task = op_task.op_task(op_task.find_cases("linear", "M=4,K=8,N=8")[0], backend="reference")
+    task = dataclasses.replace(task, module=Queries())
+    with FlopCounterMode(display=False) as counter:
+        (y,), _ = task.exact([torch.randn(4, 8)])
+    assert y.dtype == torch.float64
+    assert counter.get_total_flops() == 2 * 4 * 3 * 8 * 8
 
 
 def test_gradients_are_compared():

@@ -168,6 +168,9 @@ class _Runner:
             inputs,
         )
         self.outputs = 0
+        # Not inference mode where FLOPs are counted: a view of a parameter has a gradient there to
+        # torch's counter, which then looks for the function that made it.
+        self.quiet = torch.no_grad if exact else task.no_gradients
         self.dtype = torch.float64 if exact else None
         self.cast = task.autocast and not exact
         self.weights: list[Tensor] = []
@@ -181,7 +184,7 @@ class _Runner:
 
     @contextmanager
     def inside(self) -> Iterator[None]:
-        quiet = nullcontext if self.task.differentiates else self.task.no_gradients
+        quiet = nullcontext if self.task.differentiates else self.quiet
         with self.world(), quiet():
             yield
 
