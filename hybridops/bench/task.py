@@ -150,6 +150,10 @@ class Task:
     def exact(self, inputs: Sequence[Tensor]) -> tuple[list[Tensor], int]:
         """Every result in float64, and how many of them are outputs (gradients follow)."""
         module = deepcopy(self.module).double()
+        if not self.differentiates:
+            # torch's counter of FLOPs looks for the function behind whatever requires a gradient,
+            # which a view of a parameter does without one
+            module.requires_grad_(False)
         wide = [x.double() if x.is_floating_point() else x for x in inputs]
         runner = _Runner(self, module, module, self.world, wide, exact=True)
         results = runner.outcome()
@@ -168,9 +172,6 @@ class _Runner:
             inputs,
         )
         self.outputs = 0
-        # Not inference mode where FLOPs are counted: a view of a parameter has a gradient there to
-        # torch's counter, which then looks for the function that made it.
-        self.quiet = torch.no_grad if exact else task.no_gradients
         self.dtype = torch.float64 if exact else None
         self.cast = task.autocast and not exact
         self.weights: list[Tensor] = []
@@ -184,7 +185,7 @@ class _Runner:
 
     @contextmanager
     def inside(self) -> Iterator[None]:
-        quiet = nullcontext if self.task.differentiates else self.quiet
+        quiet = nullcontext if self.task.differentiates else self.task.no_gradients
         with self.world(), quiet():
             yield
 
