@@ -382,9 +382,10 @@ def test_every_op_is_right_by_the_benchmark_too(op, mode, dtype, best_backend):
     peer_names = ["eager", "sdpa"] if op == "attention" else ["eager"]
     rows = measure.measure(task, peer_names, QUICK)
     assert [row.verdict for row in rows if row.verdict in ("FAILED", "MISTRUSTED")] == []
-    if rows[0].verdict == "SKIPPED":
+    served = (dtype, mode, best_backend) == ("fp32", "fwd", "cpu")
+    if op in ("conv1x1", "conv3x3") and not served:  # else torch's own would pass for our kernel
+        assert rows[0].verdict == "SKIPPED"
         assert rows[0].reason == "ours is for fp32, inference and the CPU"
-        assert (dtype, mode) != ("fp32", "fwd") or best_backend != "cpu"
         return
     assert rows[0].backend == best_backend
     assert rows[0].flop > 0

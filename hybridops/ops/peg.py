@@ -211,6 +211,7 @@ def peg(
 
 
 def _at_once(x, weight, bias, H, W, prefix, stride, padding, residual, activation, gate):
+    """Raises one of REFUSALS for what does not fit: the door's own checks then say why."""
     padding = weight.shape[3] // 2 if padding is None else padding
     for whole in (H, W, prefix, stride, padding):
         if type(whole) is not int:
