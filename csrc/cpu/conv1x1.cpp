@@ -104,7 +104,7 @@ Tensor convolve(const Tensor& x, const Tensor& packed, int64_t N, int64_t stride
                  .N = N,
                  .M = rows * columns,
                  .stride_image = H * W * C,
-                 .grid = {columns, step * W * C, step * C},
+                 .grid = step == 1 ? plain_rows(C) : simd::Grid{columns, step * W * C, step * C},
                  .follow = B == 1 || rows * step == H};
   if (residual.has_value()) conv.residual = (const float*)residual->const_data_ptr();
   norm ? run_normed(conv, *norm, activation) : run(conv, activation);

@@ -11,48 +11,14 @@ namespace hybridops::simd {
 inline namespace HYBRIDOPS_SIMD {
 namespace {
 
-// Walks the rows of a Grid with at most one division, at the start.
-class Cursor {
- public:
-  Cursor(const Grid& grid, int64_t row)
-      : grid_(grid),
-        outer_(row < grid.inner ? 0 : row / grid.inner),
-        inner_(row - outer_ * grid.inner),
-        at_(outer_ * grid.outer_stride + inner_ * grid.inner_stride) {}
-  HYBRIDOPS_INLINE int64_t next() {
-    const int64_t at = at_;
-    at_ += grid_.inner_stride;
-    if (++inner_ == grid_.inner) {
-      inner_ = 0;
-      at_ = ++outer_ * grid_.outer_stride;
-    }
-    return at;
-  }
-
- private:
-  Grid grid_;
-  int64_t outer_, inner_, at_;
-};
-
-// What the tiles of a panel fetch, each its share: the next panel, or what comes after the last. At
-// batch 1 the weights of a whole model come from L3 or DRAM, where the first tile of every panel
-// would wait for them.
-class Fetching {
- public:
-  Fetching(const void* data, int64_t bytes, int64_t begin, int64_t rows, int64_t slots)
-      : data_((const char*)data),
-        begin_(begin),
-        of_row_((bytes << kFraction) / rows),
-        of_step_(of_row_ / slots) {}
-  HYBRIDOPS_INLINE Ahead share(int64_t m, int height) const {
-    return {data_ + ((m - begin_) * of_row_ >> kFraction), height * of_step_ >> kFraction};
-  }
-
- private:
-  static constexpr int kFraction = 16;  // bits: a division for each tile would cost 3 % of it
-  const char* data_;
-  int64_t begin_, of_row_, of_step_;
-};
+int64_t position(const Grid& grid, int64_t row) {
+  const int64_t outer = row < grid.inner ? 0 : row / grid.inner;
+  return outer * grid.outer_stride + (row - outer * grid.inner) * grid.inner_stride;
+}
+// From `row` on rows are evenly spaced up to this one.
+int64_t even_until(const Grid& grid, int64_t row) {
+  return row < grid.inner ? grid.inner : (row / grid.inner + 1) * grid.inner;
+}
 
 // Slots that `length` numbers take.
 template <class E>
@@ -71,120 +37,176 @@ HYBRIDOPS_INLINE void fetch_row(const T* row) {
       _mm_prefetch((const char*)row + 64 * line, _MM_HINT_T0);
 }
 
-// E: what is multiplied; T: what is written.
+// What the tiles of a panel fetch, each its share: the next panel, or what comes after the last. At
+// batch 1 the weights of a whole model come from L3 or DRAM, where the first tile of every panel
+// would wait for them.
+class Fetching {
+ public:
+  Fetching() = default;
+  Fetching(const void* data, int64_t bytes, int64_t rows, int64_t slots)
+      : data_((const char*)data), of_row_((bytes << kFraction) / rows), of_step_(of_row_ / slots) {}
+  HYBRIDOPS_INLINE Ahead share(int64_t m, int height) const {
+    return {data_ + (m * of_row_ >> kFraction), height * of_step_ >> kFraction};
+  }
+
+ private:
+  static constexpr int kFraction = 16;  // bits: a division for each tile would cost 3 % of it
+  const char* data_ = nullptr;
+  int64_t of_row_ = 0, of_step_ = 0;
+};
+
+// Rows of a panel's product that are evenly spaced wherever they lie. E: what is multiplied; T:
+// what is written. Each height of tiles works on a copy of its own, which no store can reach: all
+// of this would be loaded again for every tile, 10 % of a short one.
 template <class E, class T>
-struct ProductTile {
-  const Rows& rows;
+struct Strip {
+  const E* a;
+  int64_t step_a, length, runs, step_run;
+  Chain chain;
   const float* panel;
-  int64_t column, N;
-  const Output& output;
-  const Fetching& fetching;
+  int64_t columns;  // that the panel holds
+  const float *bias, *row_scale;
+  int64_t activation;
+  const T* residual;
+  int64_t step_residual;
+  bool residual_first;
+  T* y;
+  int64_t step_y;
+  int64_t before;  // rows of the panel in front of these
+  Fetching fetching;
 
   template <int MR, int NV>
-  __attribute__((noinline)) void operator()(int64_t m) const {
-    const E* a[MR];
-    Cursor from(rows.grid, m);
-    HYBRIDOPS_UNROLL for (int i = 0; i < MR; ++i) a[i] = (const E*)rows.data + from.next();
-
-    Ahead ahead = fetching.share(m, MR);
-    const T* added[MR];
-    if (output.residual) {  // read last, and each of its lines by one tile alone
-      Cursor along(output.residual_grid, m);
-      HYBRIDOPS_UNROLL for (int i = 0; i < MR; ++i) {
-        added[i] = (const T*)output.residual + along.next() + column;
-        fetch_row<NV>(added[i]);
-      }
-    }
-    Tile<MR, NV> tile = {};
-    Totals<MR, NV> totals(chain_length<E>(output.few_rows));
-    const float* b = panel;
-    for (int64_t i = 0; i < rows.count1; ++i)
-      for (int64_t j = 0; j < rows.count2; ++j) {
-        int64_t offset = i * rows.stride1 + j * rows.stride2;
-        for (int64_t left = rows.length; left > 0;) {
-          const int64_t length = totals.room(tile, left);
-          const E* run[MR];
-          HYBRIDOPS_UNROLL for (int r = 0; r < MR; ++r) run[r] = a[r] + offset;
-          multiply<E, MR, NV>(tile, run, b, length, &ahead);
-          b += slots<E>(length) * NV * kLanes;
-          offset += length;
-          left -= length;
-        }
-      }
-    totals.collect(tile);
-    if (output.bias) {
-      HYBRIDOPS_UNROLL for (int v = 0; v < NV; ++v) {
-        const int64_t n = column + v * kLanes;
-        const Vec bias = load_some(output.bias + n, N - n);
-        HYBRIDOPS_UNROLL for (int i = 0; i < MR; ++i) tile[i][v] += bias;
-      }
-    }
-    if (output.row_scale) {
-      HYBRIDOPS_UNROLL for (int i = 0; i < MR; ++i) {
-        const Vec scale = splat(output.row_scale[m + i]);
-        HYBRIDOPS_UNROLL for (int v = 0; v < NV; ++v) tile[i][v] *= scale;
-      }
-    }
-    const bool whole = column + NV * kLanes <= N;
-    if (output.residual_first && output.residual) add_rows(tile, added, whole);
-    if (output.activation == kRelu) {
-      HYBRIDOPS_UNROLL for (int i = 0; i < MR * NV; ++i) tile[i / NV][i % NV] =
-          activate<kRelu, T>(tile[i / NV][i % NV]);
-    } else if (output.activation == kHardswish) {
-      HYBRIDOPS_UNROLL for (int i = 0; i < MR * NV; ++i) tile[i / NV][i % NV] =
-          activate<kHardswish, T>(tile[i / NV][i % NV]);
-    } else if (output.activation != kNone) {
-      Vec flat[MR * NV];  // a copy, so that the tile itself is never indexed at run time and stays
-                          // in registers
-      HYBRIDOPS_UNROLL for (int i = 0; i < MR * NV; ++i) flat[i] = tile[i / NV][i % NV];
-      activate<T>(flat, MR * NV, output.activation);
-      HYBRIDOPS_UNROLL for (int i = 0; i < MR * NV; ++i) tile[i / NV][i % NV] = flat[i];
-    }
-    if (!output.residual_first && output.residual) add_rows(tile, added, whole);
-    Cursor to(output.grid, m);
-    HYBRIDOPS_UNROLL for (int i = 0; i < MR; ++i) {
-      T* y = (T*)output.data + to.next() + column;
-      if (whole) {
-        HYBRIDOPS_UNROLL for (int v = 0; v < NV; ++v) store(y + v * kLanes, tile[i][v]);
-      } else {
-        HYBRIDOPS_UNROLL for (int v = 0; v < NV; ++v)
-            store_some(y + v * kLanes, tile[i][v], N - column - v * kLanes);
-      }
-    }
+  void operator()(int64_t m, int64_t count) const {
+    tiles<MR, NV>(*this, m, count);
   }
 
  private:
   template <int MR, int NV>
-  HYBRIDOPS_INLINE void add_rows(Tile<MR, NV>& tile, const T* const (&added)[MR],
-                                 bool whole) const {
+  __attribute__((noinline)) static void tiles(Strip s, int64_t m, int64_t count) {
+    const bool whole = NV * kLanes <= s.columns;
+    for (; count > 0; --count, m += MR) {
+      const T* added = s.residual ? s.residual + m * s.step_residual : nullptr;
+      if (added) {  // read last, and each of its lines by one tile alone
+        HYBRIDOPS_UNROLL for (int i = 0; i < MR; ++i) fetch_row<NV>(added + i * s.step_residual);
+      }
+      Ahead ahead = s.fetching.share(s.before + m, MR);
+      Tile<MR, NV> tile = {};
+      alignas(64) float sums[Totals<MR, NV>::kNumbers];
+      Totals<MR, NV> totals(s.chain.pieces, sums);
+      const float* b = s.panel;
+      const E* start = s.a + m * s.step_a;
+      for (int64_t i = 0; i < s.runs; ++i, start += s.step_run) {
+        const E* from = start;
+        for (int64_t left = s.length; left > 0;) {
+          const int64_t length = left < s.chain.piece ? left : s.chain.piece;
+          totals.next(tile);
+          const E* run[MR];
+          HYBRIDOPS_UNROLL for (int r = 0; r < MR; ++r) run[r] = from + r * s.step_a;
+          multiply<E, MR, NV>(tile, run, b, length, &ahead);
+          b += slots<E>(length) * NV * kLanes;
+          from += length;
+          left -= length;
+        }
+      }
+      totals.collect(tile);
+      if (s.bias) {
+        HYBRIDOPS_UNROLL for (int v = 0; v < NV; ++v) {
+          const Vec bias = load_some(s.bias + v * kLanes, s.columns - v * kLanes);
+          HYBRIDOPS_UNROLL for (int i = 0; i < MR; ++i) tile[i][v] += bias;
+        }
+      }
+      if (s.row_scale) {
+        HYBRIDOPS_UNROLL for (int i = 0; i < MR; ++i) {
+          const Vec scale = splat(s.row_scale[m + i]);
+          HYBRIDOPS_UNROLL for (int v = 0; v < NV; ++v) tile[i][v] *= scale;
+        }
+      }
+      if (added && s.residual_first) add_rows(tile, added, s.step_residual, s.columns, whole);
+      if (s.activation == kRelu) {
+        HYBRIDOPS_UNROLL for (int i = 0; i < MR * NV; ++i) tile[i / NV][i % NV] =
+            activate<kRelu, T>(tile[i / NV][i % NV]);
+      } else if (s.activation == kHardswish) {
+        HYBRIDOPS_UNROLL for (int i = 0; i < MR * NV; ++i) tile[i / NV][i % NV] =
+            activate<kHardswish, T>(tile[i / NV][i % NV]);
+      } else if (s.activation != kNone) {
+        Vec flat[MR * NV];  // a copy, so that the tile itself is never indexed at run time and
+                            // stays in registers
+        HYBRIDOPS_UNROLL for (int i = 0; i < MR * NV; ++i) flat[i] = tile[i / NV][i % NV];
+        activate<T>(flat, MR * NV, s.activation);
+        HYBRIDOPS_UNROLL for (int i = 0; i < MR * NV; ++i) tile[i / NV][i % NV] = flat[i];
+      }
+      if (added && !s.residual_first) add_rows(tile, added, s.step_residual, s.columns, whole);
+      T* y = s.y + m * s.step_y;
+      HYBRIDOPS_UNROLL for (int i = 0; i < MR; ++i, y += s.step_y) {
+        if (whole) {
+          HYBRIDOPS_UNROLL for (int v = 0; v < NV; ++v) store(y + v * kLanes, tile[i][v]);
+        } else {
+          HYBRIDOPS_UNROLL for (int v = 0; v < NV; ++v)
+              store_some(y + v * kLanes, tile[i][v], s.columns - v * kLanes);
+        }
+      }
+    }
+  }
+
+  template <int MR, int NV>
+  static HYBRIDOPS_INLINE void add_rows(Tile<MR, NV>& tile, const T* added, int64_t step,
+                                        int64_t columns, bool whole) {
     HYBRIDOPS_UNROLL for (int i = 0; i < MR; ++i) HYBRIDOPS_UNROLL for (int v = 0; v < NV; ++v) {
-      const int64_t n = v * kLanes, left = whole ? kLanes : N - column - n;
-      tile[i][v] += load_some(added[i] + n, left);
+      const int64_t n = v * kLanes, left = whole ? kLanes : columns - n;
+      tile[i][v] += load_some(added + i * step + n, left);
     }
   }
 };
+
+// From row m on, in columns from `first` on.
+template <class E, class T>
+Strip<E, T> strip_of(const Rows& rows, const Output& output, int64_t m, int64_t first) {
+  Strip<E, T> s{};
+  s.a = (const E*)rows.data + position(rows.grid, m);
+  s.step_a = rows.grid.inner_stride;
+  s.length = rows.length, s.runs = rows.runs, s.step_run = rows.stride_run;
+  s.chain = chain_of<E>(rows.length, output.few_rows);
+  if (output.bias) s.bias = output.bias + first;
+  if (output.row_scale) s.row_scale = output.row_scale + m;
+  s.activation = output.activation;
+  if (output.residual) {
+    s.residual = (const T*)output.residual + position(output.residual_grid, m) + first;
+    s.step_residual = output.residual_grid.inner_stride;
+  }
+  s.residual_first = output.residual_first;
+  s.y = (T*)output.data + position(output.grid, m) + first;
+  s.step_y = output.grid.inner_stride;
+  return s;
+}
 
 // With K of 16 to 64 a tile is done in 100 to 400 cycles: here it carries nothing but the product.
 template <class E, bool kFetches>
 struct PlainTile {
   const E* a;
-  int64_t stride_a, K;
-  bool few_rows;
+  int64_t stride_a, K, piece;
   const float* panel;
   float* c;
   int64_t stride_c;
   const Fetching& fetching;
 
   template <int MR, int NV>
-  HYBRIDOPS_INLINE void operator()(int64_t m) const {
+  HYBRIDOPS_INLINE void operator()(int64_t m, int64_t count) const {
+    for (; count > 0; --count, m += MR) one<MR, NV>(m);
+  }
+
+ private:
+  template <int MR, int NV>
+  HYBRIDOPS_INLINE void one(int64_t m) const {
     Ahead ahead = kFetches ? fetching.share(m, MR) : Ahead{};
     const E* row[MR];
     HYBRIDOPS_UNROLL for (int i = 0; i < MR; ++i) row[i] = a + (m + i) * stride_a;
     Tile<MR, NV> tile = {};
-    Totals<MR, NV> totals(chain_length<E>(few_rows));
+    alignas(64) float sums[Totals<MR, NV>::kNumbers];
+    Totals<MR, NV> totals(1, sums);
     const float* b = panel;
     for (int64_t k = 0; k < K;) {
-      const int64_t length = totals.room(tile, K - k);
+      const int64_t length = K - k < piece ? K - k : piece;
+      totals.next(tile);
       const E* run[MR];
       HYBRIDOPS_UNROLL for (int i = 0; i < MR; ++i) run[i] = row[i] + k;
       multiply<E, MR, NV>(tile, run, b, length, kFetches ? &ahead : nullptr);
@@ -197,28 +219,36 @@ struct PlainTile {
   }
 };
 
-struct TransposedTile {
+struct TransposedStrip {
   const float* a;
   int64_t stride_a, K;
   const float* panel;
-  int64_t column, N;
+  int64_t columns;
   float* c;
   int64_t stride_c;
   bool accumulate;
 
   template <int MR, int NV>
-  __attribute__((noinline)) void operator()(int64_t m) const {
-    float* y = c + m * stride_c + column;
-    if (accumulate) {
-      HYBRIDOPS_UNROLL for (int i = 0; i < MR; ++i) fetch_row<NV>(y + i * stride_c);
-    }
-    Tile<MR, NV> tile = {};
-    multiply_transposed<MR, NV>(tile, a + m, stride_a, panel, K);
-    // What was there is added last: rounding errors of these K products stay their own.
-    HYBRIDOPS_UNROLL for (int i = 0; i < MR; ++i) HYBRIDOPS_UNROLL for (int v = 0; v < NV; ++v) {
-      const int64_t n = v * kLanes, left = N - column - n;
-      if (accumulate) tile[i][v] += load_some(y + i * stride_c + n, left);
-      store_some(y + i * stride_c + n, tile[i][v], left);
+  void operator()(int64_t m, int64_t count) const {
+    tiles<MR, NV>(*this, m, count);
+  }
+
+ private:
+  template <int MR, int NV>
+  __attribute__((noinline)) static void tiles(TransposedStrip s, int64_t m, int64_t count) {
+    for (; count > 0; --count, m += MR) {
+      float* y = s.c + m * s.stride_c;
+      if (s.accumulate) {
+        HYBRIDOPS_UNROLL for (int i = 0; i < MR; ++i) fetch_row<NV>(y + i * s.stride_c);
+      }
+      Tile<MR, NV> tile = {};
+      multiply_transposed<MR, NV>(tile, s.a + m, s.stride_a, s.panel, s.K);
+      // What was there is added last: rounding errors of these K products stay their own.
+      HYBRIDOPS_UNROLL for (int i = 0; i < MR; ++i) HYBRIDOPS_UNROLL for (int v = 0; v < NV; ++v) {
+        const int64_t n = v * kLanes, left = s.columns - n;
+        if (s.accumulate) tile[i][v] += load_some(y + i * s.stride_c + n, left);
+        store_some(y + i * s.stride_c + n, tile[i][v], left);
+      }
     }
   }
 };
@@ -369,20 +399,27 @@ void product(const Rows& rows, int64_t row_begin, int64_t row_end, const float* 
              int64_t panel_begin, int64_t panel_end, const Output& output) {
   if (row_begin == row_end) return;
   const Panels panels(N);
-  const int64_t K = slots(Depth{rows.type, rows.length, rows.count1 * rows.count2});
+  const int64_t K = slots(Depth{rows.type, rows.length, rows.runs});
   for (int64_t p = panel_begin; p < panel_end; ++p) {
     const int64_t first = panels.offset(p) * kLanes, next = panels.offset(p + 1) * kLanes;
     const bool last = p + 1 == panel_end;
     const int64_t floats = last ? output.then_floats : panels.width(p + 1) * kLanes * K;
-    const Fetching fetching(last ? output.then : packed + next * K, floats * 4, row_begin,
-                            row_end - row_begin, std::max<int64_t>(K, 1));
+    const Fetching fetching(last ? output.then : packed + next * K, floats * 4, row_end - row_begin,
+                            std::max<int64_t>(K, 1));
     with_element(rows.type == Type::kBFloat16, [&](auto element) {
-      const auto tiles = [&](auto of_output) {
-        using Tiles = ProductTile<decltype(element), decltype(of_output)>;
-        for_tiles(panels.width(p), row_begin, row_end,
-                  Tiles{rows, packed + first * K, first, N, output, fetching});
+      const auto strips = [&](auto of_output) {
+        for (int64_t m = row_begin, end; m < row_end; m = end) {
+          end = std::min({row_end, even_until(rows.grid, m), even_until(output.grid, m)});
+          if (output.residual) end = std::min(end, even_until(output.residual_grid, m));
+          auto strip = strip_of<decltype(element), decltype(of_output)>(rows, output, m, first);
+          strip.panel = packed + first * K;
+          strip.columns = N - first;
+          strip.before = m - row_begin;
+          strip.fetching = fetching;
+          for_tiles(panels.width(p), 0, end - m, strip);
+        }
       };
-      output.type == Type::kFloat ? tiles(float{}) : tiles(BFloat16{});
+      output.type == Type::kFloat ? strips(float{}) : strips(BFloat16{});
     });
   }
 }
@@ -390,7 +427,7 @@ void product(const Rows& rows, int64_t row_begin, int64_t row_end, const float* 
 void plain_product(const void* a, int64_t stride_a, int64_t M, const Depth& K, const float* packed,
                    int64_t N, float* c, int64_t stride_c, const float* then, int64_t then_floats) {
   const Panels panels(N);
-  const Fetching fetching(then, then_floats * 4, 0, std::max<int64_t>(M, 1),
+  const Fetching fetching(then, then_floats * 4, std::max<int64_t>(M, 1),
                           std::max<int64_t>(slots(K), 1));
   for (int64_t p = 0; p < panels.count; ++p) {
     const int64_t first = panels.offset(p) * kLanes;
@@ -399,8 +436,8 @@ void plain_product(const void* a, int64_t stride_a, int64_t M, const Depth& K, c
       const auto tiles = [&](auto fetches) {
         using Plain = PlainTile<E, decltype(fetches)::value>;
         for_tiles(panels.width(p), 0, M,
-                  Plain{(const E*)a, stride_a, K.length, M < 4, packed + first * slots(K),
-                        c + first, stride_c, fetching});
+                  Plain{(const E*)a, stride_a, K.length, chain_of<E>(K.length, M < 4).piece,
+                        packed + first * slots(K), c + first, stride_c, fetching});
       };
       then_floats ? tiles(std::true_type{}) : tiles(std::false_type{});
     });
@@ -413,9 +450,9 @@ void product_transposed(const float* a, int64_t stride_a, int64_t M, int64_t K, 
   const Panels panels(N);
   for (int64_t p = panel_begin; p < panel_end; ++p) {
     const int64_t first = panels.offset(p) * kLanes;
-    for_tiles(
-        panels.width(p), 0, M,
-        TransposedTile{a, stride_a, K, packed + first * K, first, N, c, stride_c, accumulate});
+    for_tiles(panels.width(p), 0, M,
+              TransposedStrip{a, stride_a, K, packed + first * K, N - first, c + first, stride_c,
+                              accumulate});
   }
 }
 

@@ -26,16 +26,14 @@ struct Grid {
 };
 inline Grid plain_rows(int64_t stride) { return {INT64_MAX, 0, stride}; }
 
-// The left-hand side: K = count1 * count2 * length numbers per row, in runs of `length` that lie
-// side by side, of a product type. A row of tokens is one run; a convolution's patch is one run per
-// kernel row (and per plane, in planar images).
+// The left-hand side: K = runs * length numbers per row, in runs of `length` that lie side by side,
+// of a product type. A row of tokens is one run; a convolution's patch is one run per kernel row.
 struct Rows {
   const void* data;
   Type type;
   Grid grid;
   int64_t length;
-  int64_t count1 = 1, stride1 = 0;
-  int64_t count2 = 1, stride2 = 0;
+  int64_t runs = 1, stride_run = 0;
 };
 
 // y = activation(row_scale * (rows * packed + bias)) + residual, in `type`, N numbers side by side

@@ -127,28 +127,36 @@ HYBRIDOPS_INLINE void multiply_transposed(Tile<MR, NV>& tile, const float* a, in
   }
 }
 
-// Long sums in two levels: after every `run` products the tile moves to memory and starts again
-// from zero, so that rounding errors grow with sqrt(run) instead of sqrt(K). Costs 2 % at 128;
-// torch's own products do no worse, but its matrix-vector products sum in many short chains. What a
-// whole product takes must not depend on a tile's rows: those follow from the number of threads.
-// bf16 numbers need no such care: their own rounding is 2^15 times larger than a sum's.
+// Long sums in two levels: the tile's sums of a chain of products move to memory, and the next
+// chain starts from zero, so that rounding errors grow with sqrt(chain) instead of sqrt(K). A move
+// costs 18 cycles, 2 % of a chain; torch's own products do no better, but its matrix-vector
+// products sum in many short chains. What a chain takes must not depend on a tile's rows: those
+// follow from the number of threads. bf16 numbers need no such care: their own rounding is 2^15
+// times larger than a sum's.
+struct Chain {
+  int64_t piece, pieces;  // a run is multiplied in equal pieces, of which so many are a chain
+};
 template <class E>
-constexpr int64_t chain_length(bool few_rows) {
-  return Element<E>::kPerSlot == 2 ? INT64_MAX / 2 : few_rows ? 32 : 128;
+Chain chain_of(int64_t run, bool few_rows) {
+  if (Element<E>::kPerSlot == 2) return {run, INT64_MAX};
+  const int64_t longest = few_rows ? 32 : 192;
+  if (run <= longest) return {run, longest / (run ? run : 1)};
+  const int64_t parts = (run + longest - 1) / longest;
+  return {(run + parts - 1) / parts, 1};
 }
 
+// `sums` lie outside, so that the compiler may keep what is here in registers.
 template <int MR, int NV>
 class Totals {
  public:
-  explicit Totals(int64_t run) : run_(run) {}
-  // How many of `left` products may follow before the tile must move.
-  HYBRIDOPS_INLINE int64_t room(Tile<MR, NV>& tile, int64_t left) {
-    if (done_ + (left < run_ ? left : 1) > run_) move(tile);
-    const int64_t length = left < run_ - done_ ? left : run_ - done_;
-    done_ += length;
-    return length;
+  static constexpr int kNumbers = MR * NV * kLanes;
+  Totals(int64_t pieces, float* sums) : pieces_(pieces), left_(pieces), sums_(sums) {}
+  // In front of each piece, of which `pieces` are a chain.
+  HYBRIDOPS_INLINE void next(Tile<MR, NV>& tile) {
+    if (left_ == 0) move(tile);
+    --left_;
   }
-  HYBRIDOPS_INLINE void collect(Tile<MR, NV>& tile) {
+  HYBRIDOPS_INLINE void collect(Tile<MR, NV>& tile) const {
     if (!moved_) return;
     HYBRIDOPS_UNROLL for (int i = 0; i < MR * NV; ++i) tile[i / NV][i % NV] +=
         load(sums_ + i * kLanes);
@@ -163,21 +171,22 @@ class Totals {
     }
     asm volatile("" : : "r"(sums_) : "memory");  // in memory, not in registers that the tile needs
     moved_ = true;
-    done_ = 0;
+    left_ = pieces_;
   }
-  alignas(64) float sums_[MR * NV * kLanes];
-  const int64_t run_;
-  int64_t done_ = 0;
+  const int64_t pieces_;
+  int64_t left_;
+  float* const sums_;
   bool moved_ = false;
 };
 
 // `count` tiles of `height` rows from row m on.
 template <int NV, class F>
 HYBRIDOPS_INLINE void for_equal(int64_t height, int64_t count, int64_t m, const F& f) {
-#define HYBRIDOPS_HEIGHT(H)                                             \
-  case H:                                                               \
-    for (; count > 0; --count, m += H) f.template operator()<H, NV>(m); \
+#define HYBRIDOPS_HEIGHT(H)                                               \
+  case H:                                                                 \
+    if constexpr (H <= kRows<NV>) f.template operator()<H, NV>(m, count); \
     return
+  if (count == 0) return;
   switch (height) {
     HYBRIDOPS_HEIGHT(1);
     HYBRIDOPS_HEIGHT(2);
@@ -191,9 +200,9 @@ HYBRIDOPS_INLINE void for_equal(int64_t height, int64_t count, int64_t m, const 
 #undef HYBRIDOPS_HEIGHT
 }
 
-// Calls f.template operator()<MR, NV>(m) over rows [begin, end) in tiles of a panel that is `width`
-// vectors wide. All tiles are equally high, give or take a row: 98 rows cost 13 tiles of 7 and 8,
-// not 12 of 8 and a slow one of 2.
+// Calls f.template operator()<MR, NV>(m, count), for `count` tiles from row m on, over rows [begin,
+// end) in tiles of a panel that is `width` vectors wide. All tiles are equally high, give or take a
+// row: 98 rows cost 13 tiles of 7 and 8, not 12 of 8 and a slow one of 2.
 template <int NV, class F>
 HYBRIDOPS_INLINE void for_rows(int64_t begin, int64_t end, const F& f) {
   const int64_t rows = end - begin, tiles = (rows + kRows<NV> - 1) / kRows<NV>;
