@@ -427,7 +427,7 @@ def test_a_shape_changed_keeps_the_rest():
     assert (case.B, case.C, case.kernel) == (3, 192, (8, 8))
 
 
-@pytest.mark.parametrize("op", ["linear", "patch_embed", "conv_stem", "conv1x1", "conv3x3"])
+@pytest.mark.parametrize("op", ["linear", "mlp", "patch_embed", "conv_stem", "conv1x1", "conv3x3"])
 def test_eager_packs_no_weights(op, monkeypatch):
     case = next(case for case in CASES[op] if case.packed)
     task = op_task.op_task(case)

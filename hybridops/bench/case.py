@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..ops.layer import Weights
 
 Inputs = dict[str, Any]
 
@@ -222,6 +223,46 @@ class Linear(Case):
 
     def pack(self, t):
         return t if "packed" in t else {"packed": ops.pack_linear(t["weight"])}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mlp(Case):
+    """A block's MLP from norm to residual, in one dispatch where nothing is recorded."""
+
+    op = "mlp"
+    B: int = 1
+    N: int
+    C: int
+    hidden: int
+    norm: bool = True
+    activation: str = "gelu"
+    residual: bool = True
+    packed: bool = True
+
+    def tensors(self, draw):
+        t = {"x": draw(self.B, self.N, self.C)}
+        if self.norm:
+            t |= {"norm_weight": draw(self.C, std=0.3, mean=1.0), "norm_bias": draw(self.C)}
+        t |= {"up": draw(self.hidden, self.C, std=max(self.C, 1) ** -0.5)}
+        t |= {"up_bias": draw(self.hidden)}
+        t |= {"down": draw(self.C, self.hidden, std=max(self.hidden, 1) ** -0.5)}
+        return t | {"down_bias": draw(self.C)}
+
+    def call(self, t):
+        packed = self.pack(t) if self.packed else {}
+        return ops.mlp_layer(
+            t["x"],
+            Weights(t["up"], t["up_bias"], packed.get("packed_up")),
+            Weights(t["down"], t["down_bias"], packed.get("packed_down")),
+            activation=self.activation,
+            norm=(t["norm_weight"], t["norm_bias"], 1e-6) if self.norm else None,
+            residual=self.residual,
+        )
+
+    def pack(self, t):
+        if "packed_up" in t:
+            return t
+        return {f"packed_{name}": ops.pack_linear(t[name]) for name in ("up", "down")}
 
 
 @dataclass(frozen=True, kw_only=True)

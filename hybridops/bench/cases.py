@@ -6,7 +6,7 @@ Windows (Swin) count as the batch of attention.
 
 from __future__ import annotations
 
-from .case import Attention, Case, Conv, Conv1x1, Conv3x3, ConvStem, Linear, PatchEmbed, Peg
+from .case import Attention, Case, Conv, Conv1x1, Conv3x3, ConvStem, Linear, Mlp, PatchEmbed, Peg
 
 ATTENTION = [
     Attention("levit_stage1", B=1, H=4, Nq=196, D=16, Dv=32, bias="table", activation="hardswish"),
@@ -97,6 +97,13 @@ LINEAR = [
     ),
 ]
 
+MLP = [
+    Mlp("cpvt_tiny", N=196, C=192, hidden=768),
+    Mlp("twins_stage1", N=3136, C=64, hidden=512),
+    Mlp("vit_base", N=197, C=768, hidden=3072),
+    Mlp("levit_128s", N=196, C=128, hidden=256, norm=False, activation="hardswish"),
+]
+
 CONV1X1 = [
     Conv1x1("resnet50_first", H=56, W=56, C=256, N=64),
     Conv1x1("resnet50_last", H=56, W=56, C=64, N=256, residual=True),
@@ -117,6 +124,7 @@ CASES: dict[str, list[Case]] = {
     "conv_stem": [*CONV_STEM],
     "patch_embed": [*PATCH_EMBED],
     "linear": [*LINEAR],
+    "mlp": [*MLP],
     "conv1x1": [*CONV1X1],
     "conv3x3": [*CONV3X3],
 }
