@@ -4,12 +4,11 @@
 // hide the FMA latency, few enough to leave registers for the operands. Measured on Zen 3, M 196, N
 // 768, K 192: 4 x 24 101 GFLOP/s, 6 x 16 100, 5 x 16 97, 3 x 32 44 (spills).
 #pragma once
+#include "product.h"
 #include "vec.h"
 
 namespace hybridops::simd {
 inline namespace HYBRIDOPS_SIMD {
-
-#define HYBRIDOPS_UNROLL _Pragma("GCC unroll 32")
 
 constexpr int kPanel = 3;  // vectors in a full panel
 template <int NV>
@@ -76,6 +75,15 @@ struct Element<BFloat16> {
   static HYBRIDOPS_INLINE Vec add(Slots a, Slots b, Vec sum) { return dot(a, b, sum); }
 };
 #endif
+
+// Slots that `length` numbers take.
+template <class E>
+constexpr int64_t slots(int64_t length) {
+  return (length + Element<E>::kPerSlot - 1) / Element<E>::kPerSlot;
+}
+inline int64_t slots(const Depth& K) {
+  return K.runs * (K.type == Type::kBFloat16 ? (K.length + 1) / 2 : K.length);
+}
 
 // f(float{}), or f(BFloat16{}) where the ISA multiplies bf16.
 template <class F>

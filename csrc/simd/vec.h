@@ -43,6 +43,7 @@ union Halves {
 #endif
 
 #define HYBRIDOPS_INLINE inline __attribute__((always_inline))
+#define HYBRIDOPS_UNROLL _Pragma("GCC unroll 32")
 
 // Not Vec{} + x: the compiler must keep that addition, which turns -0 into 0.
 #if defined(HYBRIDOPS_ISA_AVX512) && !defined(HYBRIDOPS_EMULATE)
