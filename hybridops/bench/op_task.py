@@ -37,7 +37,7 @@ class _Meaning(nn.Module):
                 self.register_buffer(name, value)
 
     def weights(self) -> dict[str, Tensor]:
-        # not named_parameters(): its walk takes 20 us of a call, and a peer's has none
+        # not named_parameters(): its walk takes 4 us of a call, and a peer's has none
         return {name: getattr(self, name) for name in self.others}
 
     def forward(self, *data: Tensor) -> Tensor:
