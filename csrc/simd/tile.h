@@ -147,7 +147,7 @@ struct Chain {
 template <class E>
 Chain chain_of(int64_t run, bool few_rows) {
   if (Element<E>::kPerSlot == 2) return {run, INT64_MAX};
-  const int64_t longest = few_rows ? 32 : 192;
+  const int64_t longest = few_rows ? 32 : 128;
   if (run <= longest) return {run, longest / (run ? run : 1)};
   const int64_t parts = (run + longest - 1) / longest;
   return {(run + parts - 1) / parts, 1};
