@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from hybridops import bench
+from hybridops import bench, ops
 from hybridops.bench import check, clock, measure, op_task, peers, roof, sample, stats
 from hybridops.bench.cases import CASES
 from hybridops.bench.model_task import model_task, read_size
@@ -434,6 +434,13 @@ def test_eager_packs_no_weights(op, monkeypatch):
     monkeypatch.setattr(torch.ops.hybridops, "pack_linear", pytest.fail)
     with task.world(), torch.no_grad():
         task.module(*task.draw(0))
+
+
+def test_an_mlp_is_measured_in_one_dispatch(cpu_library, monkeypatch):
+    task = op_task.op_task(op_task.find_cases("mlp", "cpvt_tiny,N=5")[0])
+    task.set_inputs(0)
+    monkeypatch.setattr(ops.layer, "linear", pytest.fail)  # what the layer is made of elsewhere
+    assert task.ours(task).outcome()[0].shape == (1, 5, 192)
 
 
 def test_peers_say_why_they_cannot():

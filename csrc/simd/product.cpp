@@ -171,7 +171,7 @@ Strip<E, T> strip_of(const Rows& rows, const Output& output, int64_t m, int64_t 
 
 // With K of 16 to 64 a tile is done in 100 to 400 cycles: here it carries nothing but the product.
 template <class E, bool kFetches>
-struct PlainTile {
+struct PlainStrip {
   const E* a;
   int64_t stride_a, K, piece;
   const float* panel;
@@ -285,7 +285,7 @@ void plain_product(const void* a, int64_t stride_a, int64_t M, const Depth& K, c
     with_element(K.type == Type::kBFloat16, [&](auto element) {
       using E = decltype(element);
       const auto tiles = [&](auto fetches) {
-        using Plain = PlainTile<E, decltype(fetches)::value>;
+        using Plain = PlainStrip<E, decltype(fetches)::value>;
         for_tiles(panels.width(p), 0, M,
                   Plain{(const E*)a, stride_a, K.length, chain_of<E>(K.length, M < 4).piece,
                         packed + first * slots(K), c + first, stride_c, fetching});

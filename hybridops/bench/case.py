@@ -243,10 +243,9 @@ class Mlp(Case):
         t = {"x": draw(self.B, self.N, self.C)}
         if self.norm:
             t |= {"norm_weight": draw(self.C, std=0.3, mean=1.0), "norm_bias": draw(self.C)}
-        t |= {"up": draw(self.hidden, self.C, std=max(self.C, 1) ** -0.5)}
-        t |= {"up_bias": draw(self.hidden)}
-        t |= {"down": draw(self.C, self.hidden, std=max(self.hidden, 1) ** -0.5)}
-        return t | {"down_bias": draw(self.C)}
+        for name, N, K in (("up", self.hidden, self.C), ("down", self.C, self.hidden)):
+            t |= {name: draw(N, K, std=max(K, 1) ** -0.5), f"{name}_bias": draw(N)}
+        return t
 
     def call(self, t):
         packed = self.pack(t) if self.packed else {}

@@ -99,7 +99,7 @@ LINEAR = [
 
 MLP = [
     Mlp("cpvt_tiny", N=196, C=192, hidden=768),
-    Mlp("twins_stage1", N=3136, C=64, hidden=512),
+    Mlp("twins_stage1", N=3136, C=64, hidden=256),
     Mlp("vit_base", N=197, C=768, hidden=3072),
     Mlp("levit_128s", N=196, C=128, hidden=256, norm=False, activation="hardswish"),
 ]
