@@ -35,7 +35,7 @@ struct Bias {
   const void* data = nullptr;
   Type type = Type::kFloat;
   int64_t stride_b = 0, stride_h = 0, stride_i = 0, stride_j = 0, Nk = 0, table_size = 0;
-  const int64_t* index = nullptr;
+  const int32_t* index = nullptr;
   const bool* padding = nullptr;
 
   Bias(Scratch& scratch, const std::optional<Tensor>& bias, const std::optional<Tensor>& bias_index,
@@ -104,17 +104,14 @@ struct Bias {
   }
 
  private:
-  const int64_t* indices(Scratch& scratch, const Tensor& x) {
+  const int32_t* indices(Scratch& scratch, const Tensor& x) const {
     const Tensor t = torch::stable::contiguous(x);
-    const int64_t n = t.numel();
-    auto* y = (int64_t*)scratch.take(2 * n);
-    const bool wide = t.scalar_type() == ScalarType::Long;
-    for (int64_t i = 0; i < n; ++i) {
-      y[i] =
-          wide ? ((const int64_t*)t.const_data_ptr())[i] : ((const int32_t*)t.const_data_ptr())[i];
-      STD_TORCH_CHECK(y[i] >= 0 && y[i] < table_size,
-                      "attention: bias_index points outside the table");
-    }
+    auto* y = (int32_t*)scratch.take(t.numel());
+    const bool inside =
+        t.scalar_type() == ScalarType::Long
+            ? simd::narrow_index((const int64_t*)t.const_data_ptr(), t.numel(), table_size, y)
+            : simd::narrow_index((const int32_t*)t.const_data_ptr(), t.numel(), table_size, y);
+    STD_TORCH_CHECK(inside, "attention: bias_index points outside the table");
     return y;
   }
 };
@@ -243,8 +240,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
     Scratch scratch;
     const Keys taking(mask, bias.has_value(), b, Nk);
     const Head head{Nq, taking.count, D, Dv, (float)scale, Type::kFloat};
-    float* dq_rows = scratch.take(Nq * D);
-    float* dk_rows = scratch.take(Nk * D);
+    const Type type = queries.type;
+    void* dq_head = offset(dq.mutable_data_ptr(), type, (b * Nq * H + h) * D);
+    const bool in_place = type == Type::kFloat;
+    float* dq_rows = in_place ? (float*)dq_head : scratch.take(Nq * D);
+    float* dk_rows = scratch.take(Nk * D);  // not in place: rows far apart share cache sets
     float* dv_rows = scratch.take(Nk * Dv);
     struct Context {
       const Bias& biases;
@@ -263,11 +263,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
     simd::attention_backward(head, queries.head(b, h), taking.gather(scratch, keys.head(b, h), D),
                              taking.gather(scratch, values.head(b, h), Dv), gradients.head(b, h),
                              (const float*)sums.const_data_ptr() + (b * H + h) * Nq, source,
-                             dq_rows, dk_rows, dv_rows, bias_sum,
+                             dq_rows, in_place ? H * D : D, dk_rows, dv_rows, bias_sum,
                              scratch.take(simd::backward_scratch_floats(head)));
-    const Type type = queries.type;
-    simd::from_float(dq_rows, D, Nq, D, offset(dq.mutable_data_ptr(), type, (b * Nq * H + h) * D),
-                     type, H * D);
+    if (!in_place) simd::from_float(dq_rows, D, Nq, D, dq_head, type, H * D);
     taking.scatter(dk_rows, D, Nk, offset(dk.mutable_data_ptr(), type, (b * Nk * H + h) * D), type,
                    H * D);
     taking.scatter(dv_rows, Dv, Nk, offset(dv.mutable_data_ptr(), type, (b * Nk * H + h) * Dv),

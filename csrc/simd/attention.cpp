@@ -121,6 +121,16 @@ void softmax_backward_rows(float* p, float* dp, int64_t stride, int64_t rows, in
   }
 }
 
+template <class T>
+bool narrow(const T* x, int64_t n, int64_t size, int32_t* y) {
+  uint64_t outside = size > INT32_MAX;
+  for (int64_t i = 0; i < n; ++i) {
+    outside |= (uint64_t)x[i] >= (uint64_t)size;
+    y[i] = (int32_t)x[i];
+  }
+  return !outside;
+}
+
 HeadRows from(HeadRows rows, int64_t begin) {
   const int64_t size = rows.type == Type::kFloat ? sizeof(float) : sizeof(BFloat16);
   return {(const char*)rows.data + begin * rows.stride * size, rows.type, rows.stride};
@@ -192,8 +202,8 @@ void attention_forward(const Head& h, HeadRows q, int64_t begin, int64_t rows, c
 }
 
 void attention_backward(const Head& h, HeadRows q, HeadRows k, HeadRows v, HeadRows dy,
-                        const float* lse, BiasRows bias, float* dq, float* dk, float* dv,
-                        float* dbias, float* scratch) {
+                        const float* lse, BiasRows bias, float* dq, int64_t stride_dq, float* dk,
+                        float* dv, float* dbias, float* scratch) {
   float* next = scratch;
   const auto take = [&next](int64_t n) {
     float* p = next;
@@ -240,12 +250,19 @@ void attention_backward(const Head& h, HeadRows q, HeadRows k, HeadRows v, HeadR
                        begin > 0);
     product_transposed(p, stride, h.Nk, rows, dy_packed, h.Dv, 0, panel_count(h.Dv), dv, h.Dv,
                        begin > 0);
-    const Output output{dq + begin * h.D, Type::kFloat, plain_rows(h.D)};
+    const Output output{dq + begin * stride_dq, Type::kFloat, plain_rows(stride_dq)};
     multiply_all(dp, stride, keys, rows, k_rows, h.D, output);
   }
 }
 
-void gather_bias(const float* table, const int64_t* index, int64_t n, float* row) {
+bool narrow_index(const int64_t* x, int64_t n, int64_t size, int32_t* y) {
+  return narrow(x, n, size, y);
+}
+bool narrow_index(const int32_t* x, int64_t n, int64_t size, int32_t* y) {
+  return narrow(x, n, size, y);
+}
+
+void gather_bias(const float* table, const int32_t* index, int64_t n, float* row) {
   for (int64_t j = 0; j < n; ++j) row[j] = table[index[j]];
 }
 

@@ -46,12 +46,16 @@ struct BiasRows {
   const void* context;
 };
 
-// dq, dk, dv of a whole head into fp32 rows; dbias (Nq x Nk, or null) is added to.
+// dq, dk, dv of a whole head into fp32 rows, those of dk and dv side by side; dbias (Nq x Nk, or
+// null) is added to.
 void attention_backward(const Head& head, HeadRows q, HeadRows k, HeadRows v, HeadRows dy,
-                        const float* lse, BiasRows bias, float* dq, float* dk, float* dv,
-                        float* dbias, float* scratch);
+                        const float* lse, BiasRows bias, float* dq, int64_t stride_dq, float* dk,
+                        float* dv, float* dbias, float* scratch);
 
+// y = x, n numbers; whether all of them are in [0, size).
+bool narrow_index(const int64_t* x, int64_t n, int64_t size, int32_t* y);
+bool narrow_index(const int32_t* x, int64_t n, int64_t size, int32_t* y);
 // row[j] = table[index[j]], for a block of rows
-void gather_bias(const float* table, const int64_t* index, int64_t n, float* row);
+void gather_bias(const float* table, const int32_t* index, int64_t n, float* row);
 
 }  // namespace hybridops::simd

@@ -226,6 +226,7 @@ struct TransposedStrip {
  private:
   template <int MR, int NV>
   __attribute__((noinline)) static void tiles(TransposedStrip s, int64_t m, int64_t count) {
+    const bool whole = NV * kLanes <= s.columns;
     for (; count > 0; --count, m += MR) {
       float* y = s.c + m * s.stride_c;
       if (s.accumulate) {
@@ -235,7 +236,7 @@ struct TransposedStrip {
       multiply_transposed<MR, NV>(tile, s.a + m, s.stride_a, s.panel, s.K);
       // What was there is added last: rounding errors of these K products stay their own.
       HYBRIDOPS_UNROLL for (int i = 0; i < MR; ++i) HYBRIDOPS_UNROLL for (int v = 0; v < NV; ++v) {
-        const int64_t n = v * kLanes, left = s.columns - n;
+        const int64_t n = v * kLanes, left = whole ? kLanes : s.columns - n;
         if (s.accumulate) tile[i][v] += load_some(y + i * s.stride_c + n, left);
         store_some(y + i * s.stride_c + n, tile[i][v], left);
       }
