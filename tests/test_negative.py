@@ -21,12 +21,14 @@ def ints(*shape, value=0, dtype=torch.int64):
     return torch.full(shape, value, dtype=dtype)
 
 
+# Packed and with a bias: in inference such a layer goes to the kernel before the door looks at it.
+LAYER = ops.ConvLayer(f(6, 3, 3, 3), f(6), stride=2, packed=ops.pack_conv(f(6, 3, 3, 3)))
 GOOD = {
     "attention": {"q": f(2, 5, 3, 8), "k": f(2, 7, 3, 8), "v": f(2, 7, 3, 4)},
     "linear": {"x": f(2, 5, 8), "weight": f(6, 8)},
     "peg": {"x": f(2, 13, 8), "weight": f(8, 1, 3, 3), "grid": (3, 4), "prefix": 1},
     "patch_embed": {"image": f(2, 3, 16, 16), "weight": f(6, 3, 8, 8)},
-    "conv_stem": {"image": f(2, 3, 16, 16), "layers": [ops.ConvLayer(f(6, 3, 3, 3), stride=2)]},
+    "conv_stem": {"image": f(2, 3, 16, 16), "layers": [LAYER]},
 }
 HOSTILE = {
     "negative": -1,
@@ -40,7 +42,7 @@ HOSTILE = {
 
 
 def layer(**changes):
-    return {"layers": [ops.ConvLayer(f(6, 3, 3, 3), stride=2)._replace(**changes)]}
+    return {"layers": [LAYER._replace(**changes)]}
 
 
 BAD = {
@@ -129,6 +131,7 @@ BAD = {
         "norm of two": ({"norm": (f(8), f(8))}, ValueError, "norm must be"),
         "norm a tensor": ({"norm": f(8)}, (ValueError, TypeError), "norm must be"),
         "norm without weight": ({"norm": (None, f(8), 1e-5)}, TypeError, "norm weight"),
+        "eps a bool": ({"norm": (f(8), None, True)}, TypeError, "eps"),
         "eps text": ({"norm": (f(8), None, "1")}, TypeError, "eps"),
         "eps NaN": ({"norm": (f(8), None, math.nan)}, ValueError, "eps"),
         "residual of inputs": ({"residual": f(2, 5, 8)}, ValueError, r"\(2, 5, 6\)"),
@@ -208,8 +211,15 @@ BAD = {
         "image too small": ({"image": f(2, 3, 4, 16)}, ValueError, "does not fit"),
         "bias size": ({"bias": f(3)}, ValueError, r"\(6,\)"),
         "bias fp64": ({"bias": f(6).double()}, TypeError, "bias"),
+        "bias rank 2": ({"bias": f(2, 3)}, ValueError, "bias"),
+        "bias on meta": ({"bias": f(6, device="meta")}, ValueError, "bias must be on cpu"),
+        "weight on meta": ({"weight": f(6, 3, 8, 8, device="meta")}, ValueError, "must be on"),
         "norm size": ({"norm": (f(3), f(3), 1e-5)}, ValueError, "norm weight"),
         "norm of two": ({"norm": (f(6), f(6))}, ValueError, "norm must be"),
+        "norm eps negative": ({"norm": (f(6), f(6), -1e-5)}, ValueError, "norm eps"),
+        "norm eps NaN": ({"norm": (f(6), f(6), float("nan"))}, ValueError, "norm eps"),
+        "norm eps a bool": ({"norm": (f(6), f(6), True)}, TypeError, "norm eps"),
+        "prefix bf16": ({"prefix": f(1, 6).bfloat16()}, TypeError, "prefix"),
         "pos_embed rows": ({"pos_embed": f(5, 6)}, ValueError, r"got \(5, 6\)"),
         "pos_embed channels": ({"pos_embed": f(4, 3)}, ValueError, "pos_embed"),
         "pos_embed per image": ({"pos_embed": f(2, 4, 6)}, ValueError, "pos_embed"),
@@ -240,11 +250,20 @@ BAD = {
         "image int32": ({"image": ints(2, 3, 16, 16).int()}, TypeError, "image"),
         "image rank 3": ({"image": f(3, 16, 16)}, ValueError, "4 dimensions"),
         "image fp64": ({"image": f(2, 3, 16, 16).double()}, TypeError, "image"),
+        "image bf16": ({"image": f(2, 3, 16, 16).bfloat16()}, TypeError, "image"),
+        "image on meta": (
+            {"image": f(2, 3, 16, 16, device="meta")},
+            ValueError,
+            "image must be on cpu",
+        ),
         "bytes on meta": (
             {"image": f(2, 3, 16, 16, device="meta", dtype=torch.uint8)},
             ValueError,
             "image must be on cpu",
         ),
+        "weight on meta": (layer(weight=f(6, 3, 3, 3, device="meta")), ValueError, "must be on"),
+        "bias on meta": (layer(bias=f(6, device="meta")), ValueError, "layer 0 bias"),
+        "bias rank 2": (layer(bias=f(2, 3)), ValueError, "layer 0 bias"),
         "image channels": ({"image": f(2, 4, 16, 16)}, ValueError, r"\(Co, 4, Kh, Kw\)"),
         "no layers": ({"layers": []}, ValueError, "at least one"),
         "layers None": ({"layers": None}, TypeError, "layers"),
@@ -340,7 +359,7 @@ def test_a_packed_weight_of_another_shape_is_refused(op, packed, mode, cpu_libra
 def test_the_call_works_on_meta_tensors(op):
     def to_meta(value):
         if isinstance(value, ops.ConvLayer):
-            return value._replace(weight=value.weight.to("meta"))
+            return ops.ConvLayer(*map(to_meta, value))
         if isinstance(value, list):
             return [to_meta(v) for v in value]
         return value.to("meta") if isinstance(value, torch.Tensor) else value

@@ -79,14 +79,16 @@ std::vector<Layer> plan(Scratch& scratch, const Tensor& image, const std::vector
                       strides.size() == L && activations.size() == L &&
                       (packed.empty() || packed.size() == L),
                   "conv_stem: the lists of layers differ in length");
+  const Type type = type_of(weights[0]);
+  STD_TORCH_CHECK(type_of(image) == type || type_of(image) == Type::kByte,
+                  "conv_stem: image and weights differ in dtype");
   std::vector<Layer> layers;
   Size size{image.size(2), image.size(3)};
   int64_t channels = image.size(1);
   for (size_t i = 0; i < L; ++i) {
     STD_TORCH_CHECK(weights[i].dim() == 4 && weights[i].size(1) == channels &&
-                        biases[i].numel() == weights[i].size(0) && weights[i].is_cpu() &&
-                        type_of(weights[i]) == type_of(weights[0]) && biases[i].is_cpu(),
-                    "conv_stem: weight or bias does not fit");
+                        weights[i].is_cpu() && type_of(weights[i]) == type,
+                    "conv_stem: a weight does not fit");
     Layer l{};
     l.Co = weights[i].size(0), l.Ci = channels, l.Kh = weights[i].size(2),
     l.Kw = weights[i].size(3);
@@ -95,16 +97,15 @@ std::vector<Layer> plan(Scratch& scratch, const Tensor& image, const std::vector
                         size.W + l.padding.left + l.padding.right >= l.Kw,
                     "conv_stem: a layer does not fit its input");
     l.in = size, l.out = size = size.after(l.Kh, l.Kw, l.stride, l.padding);
-    const Depth K{simd::product_type(type_of(weights[i])), l.Kw * l.Ci, l.Kh};
+    const Depth K{simd::product_type(type), l.Kw * l.Ci, l.Kh};
     if (packed.empty()) {  // (Co, Kh, Kw, Ci): the order in which a patch lies in the buffer
       Tensor w = torch::stable::contiguous(
           torch::stable::transpose(torch::stable::transpose(weights[i], 1, 2), 2, 3));
-      l.packed =
-          pack_weight(scratch, w.const_data_ptr(), type_of(w), K.length * K.runs, 1, l.Co, K);
+      l.packed = pack_weight(scratch, w.const_data_ptr(), type, K.length * K.runs, 1, l.Co, K);
     } else {
       l.packed = check_packed(packed[i], l.Co, K, "conv_stem: packed is not pack_conv(weight)");
     }
-    l.bias = floats(scratch, biases[i]);
+    l.bias = vector_of(scratch, biases[i], l.Co, type);
     layers.push_back(l);
     channels = l.Co;
   }

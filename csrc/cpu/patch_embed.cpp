@@ -1,4 +1,5 @@
 // hybridops::patch_embed: see hybridops/ops/patch_embed.py for the meaning.
+#include <cmath>
 #include <cstring>
 
 #include "conv.h"
@@ -93,19 +94,24 @@ Tensor patch_embed(Tensor image, Tensor weight, std::optional<Tensor> bias,
   const int64_t P = prefix.has_value() ? prefix->size(0) : 0,
                 pos_rows = pos_embed.has_value() ? pos_embed->size(0) : 0;
   const Type type = type_of(weight);
-  for (const auto& vector : {bias, norm_weight, norm_bias})
-    STD_TORCH_CHECK(!vector.has_value() || vector->numel() == C,
-                    "patch_embed: bias or norm does not fit");
-  STD_TORCH_CHECK(!prefix.has_value() || (prefix->numel() == P * C && type_of(*prefix) == type),
-                  "patch_embed: prefix does not fit");
-  STD_TORCH_CHECK(
-      !pos_embed.has_value() || ((pos_rows == N || pos_rows == P + N) &&
-                                 pos_embed->numel() == pos_rows * C && type_of(*pos_embed) == type),
-      "patch_embed: pos_embed does not fit");
+  STD_TORCH_CHECK(image.is_cpu() && weight.is_cpu() &&
+                      (type_of(image) == type || type_of(image) == Type::kByte),
+                  "patch_embed: image and weight differ in device or dtype");
+  for (const auto& rows : {prefix, pos_embed})
+    STD_TORCH_CHECK(!rows.has_value() || (rows->is_cpu() && rows->dim() == 2 &&
+                                          rows->size(1) == C && type_of(*rows) == type),
+                    "patch_embed: prefix or pos_embed does not fit");
+  STD_TORCH_CHECK(!pos_embed.has_value() || pos_rows == N || pos_rows == P + N,
+                  "patch_embed: pos_embed does not fit");
+  Scratch scratch;
+  const float *shift = vector_of(scratch, bias, C, type),
+              *norm = vector_of(scratch, norm_weight, C, type),
+              *norm_shift = vector_of(scratch, norm_bias, C, type);
+  STD_TORCH_CHECK(norm ? std::isfinite(eps) && eps >= 0 : !norm_bias.has_value(),
+                  "patch_embed: norm needs a weight and an eps that is finite and not negative");
   Tensor tokens = empty({B, P + N, C}, weight.scalar_type());
   if (tokens.numel() == 0) return tokens;
 
-  Scratch scratch;
   const Patches patches{Ci, Kh, Kw, stride, padding[0],         padding[1],
                         Hp, Wp, Ho, Wo,     Ci <= 4 && Kw >= 8, simd::product_type(type)};
   const float* panels;
@@ -124,8 +130,6 @@ Tensor patch_embed(Tensor image, Tensor weight, std::optional<Tensor> bias,
   if (prefix.has_value()) front = torch::stable::contiguous(*prefix);
   const void* pos_data = pos.has_value() ? pos->const_data_ptr() : nullptr;
   const void* patch_pos = pos_data ? offset(pos_data, type, pos_rows == N ? 0 : P * C) : nullptr;
-  const float *shift = floats(scratch, bias), *norm = floats(scratch, norm_weight);
-  const float* norm_shift = floats(scratch, norm_bias);
   const simd::Grid plain = simd::plain_rows(C);
   float* buffer = patches.planar ? nullptr : scratch.take(Ci * Hp * Wp);
   float* raw = norm ? scratch.take(N * C) : nullptr;

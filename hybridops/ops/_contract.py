@@ -170,6 +170,11 @@ def check_int(op: str, name: str, value: object, low: int, high: int = LARGEST) 
         raise ValueError(f"{op}: {name} must be in [{low}, {high}], got {value}")
 
 
+def are_plain(*values: object) -> bool:
+    """Whether integers need no word from the door: neither bools nor symbols nor hostile ones."""
+    return all(type(value) is int and value <= LARGEST for value in values)
+
+
 def check_flag(op: str, name: str, value: object) -> None:
     if not isinstance(value, bool):
         raise TypeError(f"{op}: {name} must be a bool, got {type(value).__name__}")

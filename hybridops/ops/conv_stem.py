@@ -27,9 +27,11 @@ from ._contract import (
     activate,
     activation_backward,
     activation_code,
+    are_plain,
     autocast,
     check_eps,
     check_int,
+    check_one_device,
     check_shape,
     check_tensor,
     define,
@@ -158,6 +160,7 @@ def _sizes(image, weights, strides, paddings, pool):
 
 @torch.library.register_fake("hybridops::conv_stem", lib=library)
 def _(image, weights, biases, packed, strides, paddings, activations, pool):
+    check_one_device("conv_stem", image, *weights, *biases, *packed)
     H, W = _sizes(image, weights, strides, paddings, pool)[-1]
     return weights[0].new_empty((image.shape[0], H * W, weights[-1].shape[0]))
 
@@ -253,7 +256,7 @@ def _at_once(image, layers, pool, layout):
     """The kernel without the door's checks, for layers that are plain; raises for any other."""
     size, sides = image.shape[2:], []
     for weight, bias, stride, padding, _, _, group_norm, affine in layers:
-        if type(padding) is not int or bias is None or group_norm or affine:
+        if not are_plain(stride, padding) or bias is None or group_norm or affine:
             raise ValueError("not plain")
         _, _, *kernel = weight.shape
         sides += (padding,) * 4

@@ -151,6 +151,8 @@ def linear(
     if backend.runs_at_once(x):
         with suppress(*REFUSALS), backend.below_autograd():
             norm_weight, norm_bias, eps = norm if norm is not None else (None, None, 0.0)
+            if type(eps) is not float:
+                raise TypeError("not plain")
             return _forward(
                 x, weight, bias, packed, norm_weight, norm_bias, eps, residual, CODES[activation]
             )

@@ -9,14 +9,19 @@ mean) / std is folded into weight and bias, which is exact as long as nothing is
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .. import backend
 from ._contract import (
+    REFUSALS,
+    are_plain,
     autocast,
     check_int,
+    check_one_device,
     check_shape,
     check_tensor,
     define,
@@ -59,6 +64,7 @@ define("patch_embed", f"({ARGS}) -> Tensor")
 
 @torch.library.register_fake("hybridops::patch_embed", lib=library)
 def _(image, weight, bias, packed, norm_weight, norm_bias, eps, pos_embed, prefix, stride, padding):
+    check_one_device("patch_embed", image, weight, bias, packed, norm_weight, pos_embed, prefix)
     Ho, Wo = output_size(image.shape[2:], weight.shape[2:], stride, padding)
     P = 0 if prefix is None else prefix.shape[0]
     return weight.new_empty((image.shape[0], P + Ho * Wo, weight.shape[0]))
@@ -129,6 +135,33 @@ torch.library.register_autograd(
 _forward = torch.ops.hybridops.patch_embed.default
 
 
+def _at_once(image, weight, bias, stride, padding, norm, pos_embed, prefix, packed):
+    """The kernel without the door's checks, for a call that is plain; raises for any other."""
+    sides = padding if type(padding) is tuple else (padding,) * 4
+    stride = weight.shape[2] if stride is None else stride
+    norm_weight, norm_bias, eps = (None, None, 0.0) if norm is None else norm
+    if not are_plain(stride, *sides) or type(eps) is not float:
+        raise ValueError("not plain")
+    with backend.below_autograd():
+        return _forward(
+            image,
+            weight,
+            bias,
+            packed,
+            norm_weight,
+            norm_bias,
+            eps,
+            _two_dimensional(pos_embed),
+            _two_dimensional(prefix),
+            stride,
+            sides,
+        )
+
+
+def _two_dimensional(rows):
+    return rows[0] if rows is not None and rows.ndim == 3 and rows.shape[0] == 1 else rows
+
+
 # door
 def patch_embed(
     image: Tensor,
@@ -156,6 +189,9 @@ def patch_embed(
     Raises ValueError for shapes that do not fit, TypeError for dtypes.
     """
     op = "patch_embed"
+    if mean is None and std is None and backend.runs_at_once(image):
+        with suppress(*REFUSALS):
+            return _at_once(image, weight, bias, stride, padding, norm, pos_embed, prefix, packed)
     if not isinstance(image, Tensor):
         raise TypeError(f"{op}: image must be a Tensor, got {type(image).__name__}")
     norm_weight, norm_bias, eps = unpack_norm(op, norm)
@@ -215,8 +251,7 @@ def _rows(op, name, x, like, counts):
     if x is None:
         return None
     check_tensor(op, name, x, None, like=like)
-    if x.ndim == 3 and x.shape[0] == 1:
-        x = x[0]
+    x = _two_dimensional(x)
     if (
         x.ndim != 2
         or x.shape[1] != like.shape[0]
