@@ -464,7 +464,12 @@ class ConvStem(Case):
         return t
 
     def call(self, t):
-        layers, packs = [], self.pack(t) if self.packed else {}
+        layers = t["layers"] if "layers" in t else self._layers(t, self.packed)
+        pool = None if self.pool is None else ops.MaxPool(*self.pool)
+        return ops.conv_stem(t["image"], layers, pool=pool, layout=self.output)
+
+    def _layers(self, t, packed):
+        layers = []
         for i, layer in enumerate(self.layers):
             weight, extra = t[f"weight{i}"], {}
             if layer.extra == "group_norm":
@@ -478,14 +483,11 @@ class ConvStem(Case):
                     layer.stride,
                     layer.padding,
                     layer.activation,
-                    packed=packs.get(f"packed{i}"),
+                    packed=ops.pack_conv(weight) if packed else None,
                     **extra,
                 )
             )
-        pool = None if self.pool is None else ops.MaxPool(*self.pool)
-        return ops.conv_stem(t["image"], layers, pool=pool, layout=self.output)
+        return layers
 
     def pack(self, t):
-        if "packed0" in t:
-            return t
-        return {f"packed{i}": ops.pack_conv(t[f"weight{i}"]) for i in range(len(self.layers))}
+        return {"layers": self._layers(t, True)}

@@ -72,6 +72,10 @@ class MaxPool(NamedTuple):
 
 # meaning
 def conv_stem_reference(image, layers, pool=None):
+    return stem_image(image, layers, pool).flatten(2).transpose(1, 2).contiguous()
+
+
+def stem_image(image, layers, pool):
     """layers: (weight, bias, stride, padding (4), activation code, group_norm, affine)."""
     x = image
     for weight, bias, stride, padding, activation, group_norm, affine in layers:
@@ -81,9 +85,7 @@ def conv_stem_reference(image, layers, pool=None):
         x = activate(x, activation)
         if affine is not None:
             x = x * affine[0][:, None, None] + affine[1][:, None, None]
-    if pool is not None:
-        x = _pool_reference(x, *pool)
-    return x.flatten(2).transpose(1, 2).contiguous()
+    return x if pool is None else _pool_reference(x, *pool)
 
 
 def conv_reference(x, weight, bias, stride, padding):
