@@ -15,6 +15,7 @@ from ._contract import (
     activation_backward,
     activation_code,
     check_tensor,
+    differentiable,
     library,
 )
 
@@ -38,11 +39,7 @@ def _gradient(ctx, dy):
     return activation_backward(dy, x, ctx.activation), None
 
 
-torch.library.register_autograd(
-    "hybridops::activation", _gradient, setup_context=_setup, lib=library
-)
-
-_forward = torch.ops.hybridops.activation.default
+_recorded = differentiable("activation", _setup, _gradient)
 
 
 # door
@@ -56,4 +53,4 @@ def activation(x: Tensor, kind: str) -> Tensor:
     check_tensor("activation", "x", x, None)
     if x.is_cuda or backend.which("activation", x) == "reference":
         return activate(x, code)
-    return _forward(x, code)
+    return _recorded(x, code)

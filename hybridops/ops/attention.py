@@ -29,6 +29,7 @@ from ._contract import (
     check_shape,
     check_tensor,
     define,
+    differentiable,
     differentiable_once,
     is_autocast_on,
     is_plain,
@@ -127,13 +128,10 @@ def _gradient(ctx, dy, _):
     return dq, dk, dv, dbias.to(bias.dtype) if needs_dbias else None, None, None, None, None
 
 
-torch.library.register_autograd(
-    "hybridops::attention", _gradient, setup_context=_setup, lib=library
-)
-differentiable_once("attention_backward")
+_recorded = differentiable("attention", _setup, _gradient)
+_backward = differentiable_once("attention_backward")
 
 _forward = torch.ops.hybridops.attention.default
-_backward = torch.ops.hybridops.attention_backward.default
 
 
 # door
@@ -201,7 +199,7 @@ def attention(
         torchs = attention_reference if plain else attention_by_torch
         return torchs(q, k, v, bias, bias_index, key_padding_mask, scale, code)
     try:
-        return _forward(q, k, v, bias, bias_index, key_padding_mask, float(scale), code)[0]
+        return _recorded(q, k, v, bias, bias_index, key_padding_mask, float(scale), code)[0]
     except (
         RuntimeError
     ):  # the kernel looks at every index as it reads it; asking first would cost 30 us a call

@@ -22,6 +22,7 @@ from ._contract import (
     check_one_device,
     check_shape,
     check_tensor,
+    differentiable,
     differentiable_once,
     library,
 )
@@ -79,13 +80,8 @@ def _gradient(ctx, dy, *_):
     return dx, dweight, None if bias is None else dbias.to(bias.dtype), None, None
 
 
-torch.library.register_autograd(
-    "hybridops::batch_norm", _gradient, setup_context=_setup, lib=library
-)
-differentiable_once("batch_norm_backward")
-
-_forward = torch.ops.hybridops.batch_norm.default
-_backward = torch.ops.hybridops.batch_norm_backward.default
+_recorded = differentiable("batch_norm", _setup, _gradient)
+_backward = differentiable_once("batch_norm_backward")
 
 
 # door
@@ -116,5 +112,5 @@ def batch_norm(
     if x.is_cuda or backend.which("batch_norm", x) == "reference":
         return batch_norm_reference(x, weight, bias, eps, code)
     inside = code if activation in _IN_KERNEL else 0
-    y, mean, var = _forward(x, weight, bias, float(eps), inside)
+    y, mean, var = _recorded(x, weight, bias, float(eps), inside)
     return y if inside == code else activate(y, code), mean, var

@@ -243,10 +243,9 @@ def _setup_counting_packed(ctx, inputs, output):
 torch.library.register_autograd(
     "hybridops::conv_stem", _gradient, setup_context=_setup_counting_packed, lib=library
 )
-differentiable_once("conv_backward")
+conv_backward = differentiable_once("conv_backward")
 
 _forward = torch.ops.hybridops.conv_stem.default
-conv_backward = torch.ops.hybridops.conv_backward.default
 
 
 def as_image(tokens, size):

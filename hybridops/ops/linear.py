@@ -28,6 +28,7 @@ from ._contract import (
     check_shape,
     check_tensor,
     define,
+    differentiable,
     differentiable_once,
     is_autocast_on,
     library,
@@ -120,11 +121,10 @@ def _gradient(ctx, dy):
     )
 
 
-torch.library.register_autograd("hybridops::linear", _gradient, setup_context=_setup, lib=library)
-differentiable_once("linear_backward")
+_recorded = differentiable("linear", _setup, _gradient)
+_backward = differentiable_once("linear_backward")
 
 _forward = torch.ops.hybridops.linear.default
-_backward = torch.ops.hybridops.linear_backward.default
 
 
 # door
@@ -189,7 +189,7 @@ def linear(
         check_shape("linear", "residual", residual, (*x.shape[:-1], N))
     if backend.which("linear", x) == "reference":
         return linear_reference(x, weight, bias, norm_weight, norm_bias, eps, residual, code)
-    return _forward(x, weight, bias, packed, norm_weight, norm_bias, eps, residual, code)
+    return _recorded(x, weight, bias, packed, norm_weight, norm_bias, eps, residual, code)
 
 
 def pack_linear(weight: Tensor, runs: int = 1) -> Tensor | None:

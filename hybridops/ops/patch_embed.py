@@ -25,6 +25,7 @@ from ._contract import (
     check_shape,
     check_tensor,
     define,
+    differentiable,
     is_autocast_on,
     library,
     on_gpu,
@@ -128,9 +129,7 @@ def _gradient(ctx, dy):
     )
 
 
-torch.library.register_autograd(
-    "hybridops::patch_embed", _gradient, setup_context=_setup, lib=library
-)
+_recorded = differentiable("patch_embed", _setup, _gradient)
 
 _forward = torch.ops.hybridops.patch_embed.default
 
@@ -241,7 +240,7 @@ def patch_embed(
         return patch_embed_reference(
             image, weight, bias, norm_weight, norm_bias, eps, pos_embed, prefix, stride, sides
         )
-    return _forward(
+    return _recorded(
         image, weight, bias, packed, norm_weight, norm_bias, eps, pos_embed, prefix, stride, sides
     )
 

@@ -32,6 +32,7 @@ from ._contract import (
     check_shape,
     check_tensor,
     define,
+    differentiable,
     differentiable_once,
     is_autocast_on,
     library,
@@ -133,11 +134,10 @@ def _gradient(ctx, dy):
     return (dx, dweight, dbias if bias is not None else None, *[None] * 8)
 
 
-torch.library.register_autograd("hybridops::peg", _gradient, setup_context=_setup, lib=library)
-differentiable_once("peg_backward")
+_recorded = differentiable("peg", _setup, _gradient)
+_backward = differentiable_once("peg_backward")
 
 _forward = torch.ops.hybridops.peg.default
-_backward = torch.ops.hybridops.peg_backward.default
 
 
 # door
@@ -207,7 +207,7 @@ def peg(
         )
     if backend.which("peg", x, _unserved(x, H, W), size=K) == "reference":
         return peg_reference(x, weight, bias, H, W, prefix, stride, padding, residual, code, gate)
-    return _forward(x, weight, bias, H, W, prefix, stride, padding, residual, code, gate)
+    return _recorded(x, weight, bias, H, W, prefix, stride, padding, residual, code, gate)
 
 
 def _at_once(x, weight, bias, H, W, prefix, stride, padding, residual, activation, gate):
