@@ -1,6 +1,6 @@
 """Runs one op on inputs that end, or begin, at memory that may not be touched.
 
-    python guard_pages.py OP end|start
+    python guard_pages.py OP
 
 Every floating-point input lies flush against a page without access. test_ops_memory.py runs this in
 a process of its own, under glibc's checking allocator, which finds writes behind an output.
@@ -70,22 +70,23 @@ def samples(op: str):
             yield cases.ConvStem(f"b{n}", B=1, H=7, W=n + 2, layers=two[:1], uint8=True)
 
 
-def main(op: str, side: str) -> None:
+def main(op: str) -> None:
     torch.set_num_threads(1)
     done = 0
     for case in samples(op):
         for dtype in (torch.float32, torch.bfloat16):
-            print(case, dtype, flush=True)  # the last line names the case that crashed
             plain = case.make_inputs(dtype)
             dy = check.make_dy(case, plain)
             expected, expected_grads = check.run(case, plain, "cpu", dy)
-            inputs = {name: guarded(value, side) for name, value in plain.items()}
-            y, grads = check.run(case, inputs, "cpu", guarded(dy, side))
-            assert check.same_bits(y, expected)
-            with torch.no_grad():
-                assert check.same_bits(case.call(inputs), expected)
-            assert all(check.same_bits(grads[name], expected_grads[name]) for name in grads)
-            done += 1
+            for side in ("end", "start"):
+                print(case, dtype, side, flush=True)  # the last line names the case that crashed
+                inputs = {name: guarded(value, side) for name, value in plain.items()}
+                y, grads = check.run(case, inputs, "cpu", guarded(dy, side))
+                assert check.same_bits(y, expected)
+                with torch.no_grad():
+                    assert check.same_bits(case.call(inputs), expected)
+                assert all(check.same_bits(grads[name], expected_grads[name]) for name in grads)
+                done += 1
     print(f"{done} guarded calls")
 
 

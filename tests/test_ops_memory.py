@@ -23,10 +23,9 @@ def run_guarded(*arguments: str) -> subprocess.CompletedProcess:
     )
 
 
-@pytest.mark.parametrize("side", ["end", "start"])
 @pytest.mark.parametrize("op", CASES)
-def test_no_access_beyond_the_tensors(op, side, cpu_library):
-    done = run_guarded("guard_pages.py", op, side)
+def test_no_access_beyond_the_tensors(op, cpu_library):
+    done = run_guarded("guard_pages.py", op)
     last = done.stdout.strip().splitlines()[-1:]
     assert done.returncode == 0, f"exit {done.returncode} in {last}: {done.stderr[-2000:]}"
     assert last[0].endswith("guarded calls")
