@@ -216,6 +216,7 @@ BAD = {
         "weight on meta": ({"weight": f(6, 3, 8, 8, device="meta")}, ValueError, "must be on"),
         "norm size": ({"norm": (f(3), f(3), 1e-5)}, ValueError, "norm weight"),
         "norm of two": ({"norm": (f(6), f(6))}, ValueError, "norm must be"),
+        "norm bias on meta": ({"norm": (f(6), f(6, device="meta"), 1e-5)}, ValueError, "norm bias"),
         "norm eps negative": ({"norm": (f(6), f(6), -1e-5)}, ValueError, "norm eps"),
         "norm eps NaN": ({"norm": (f(6), f(6), float("nan"))}, ValueError, "norm eps"),
         "norm eps a bool": ({"norm": (f(6), f(6), True)}, TypeError, "norm eps"),

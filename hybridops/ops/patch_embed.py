@@ -65,7 +65,8 @@ define("patch_embed", f"({ARGS}) -> Tensor")
 
 @torch.library.register_fake("hybridops::patch_embed", lib=library)
 def _(image, weight, bias, packed, norm_weight, norm_bias, eps, pos_embed, prefix, stride, padding):
-    check_one_device("patch_embed", image, weight, bias, packed, norm_weight, pos_embed, prefix)
+    vectors = (bias, packed, norm_weight, norm_bias, pos_embed, prefix)
+    check_one_device("patch_embed", image, weight, *vectors)
     Ho, Wo = output_size(image.shape[2:], weight.shape[2:], stride, padding)
     P = 0 if prefix is None else prefix.shape[0]
     return weight.new_empty((image.shape[0], P + Ho * Wo, weight.shape[0]))

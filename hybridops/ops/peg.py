@@ -25,6 +25,7 @@ from ._contract import (
     activate,
     activation_backward,
     activation_code,
+    are_plain,
     autocast,
     check_flag,
     check_int,
@@ -213,11 +214,9 @@ def peg(
 def _at_once(x, weight, bias, H, W, prefix, stride, padding, residual, activation, gate):
     """Raises one of REFUSALS for what does not fit: the door's own checks then say why."""
     padding = weight.shape[3] // 2 if padding is None else padding
-    for whole in (H, W, prefix, stride, padding):
-        if type(whole) is not int:
-            raise TypeError
-    if type(residual) is not bool or type(gate) is not bool:
-        raise TypeError
+    plain = are_plain(H, W, prefix, stride, padding)
+    if not plain or type(residual) is not bool or type(gate) is not bool:
+        raise TypeError("not plain")
     code = CODES[activation]
     return _forward(x, weight, bias, H, W, prefix, stride, padding, residual, code, gate)
 
