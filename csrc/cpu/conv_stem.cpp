@@ -1,8 +1,8 @@
 // hybridops::conv_stem: see hybridops/ops/conv_stem.py for the meaning.
 //
 // A convolution is the product with its rows read in place: in a padded (H, W, C) buffer the patch
-// under an output pixel is Kh runs of Kw * C numbers, so nothing is unfolded. Images go through the
-// chain one at a time, which keeps the intermediates in cache.
+// under an output pixel is Kh runs of Kw * C numbers, so nothing is unfolded. An image goes through
+// all layers a band of rows at a time, so that what lies between them stays in cache.
 #include <cmath>
 #include <cstring>
 
@@ -19,18 +19,17 @@ using simd::Rows;
 using simd::Type;
 using simd::Window2d;
 
+// A convolution, or the pool behind the last (packed null).
 struct Layer {
   const float *packed, *bias;
   int64_t Kh, Kw, Ci, Co, stride, activation;
   Sides padding;
   Size in, out;
-};
 
-// The rows of a (Hp, Wp, C) buffer under the output pixels of a convolution.
-Rows patches(const void* buffer, Type type, int64_t Wp, const Layer& l) {
-  const Grid grid{l.out.W, l.stride * Wp * l.Ci, l.stride * l.Ci};
-  return {buffer, type, grid, l.Kw * l.Ci, l.Kh, Wp * l.Ci};
-}
+  int64_t padded_height() const { return in.H + padding.top + padding.bottom; }
+  int64_t padded_width() const { return in.W + padding.left + padding.right; }
+  int64_t row() const { return padded_width() * Ci; }  // numbers of its padded input
+};
 
 template <class E>
 void clear_border(E* buffer, int64_t C, const Size& inner, const Sides& p, E value) {
@@ -54,10 +53,6 @@ void clear_border(void* buffer, Type type, int64_t C, const Size& inner, const S
     clear_border((float*)buffer, C, inner, p, for_pool ? -INFINITY : 0.0f);
   else
     clear_border((uint16_t*)buffer, C, inner, p, for_pool ? kMinusInfinity : uint16_t{0});
-}
-
-int64_t padded_floats(const Size& s, const Sides& p, int64_t C) {
-  return (s.H + p.top + p.bottom) * (s.W + p.left + p.right) * C;
 }
 
 // Of a pool {kernel, stride, top, left, bottom, right} over images of that size.
@@ -112,48 +107,138 @@ std::vector<Layer> plan(Scratch& scratch, const Tensor& image, const std::vector
   return layers;
 }
 
-// The last layer and the pool behind it, a band of pooled rows at a time: what the layer gives for
-// an 800 x 1066 image is 55 MB, and here never leaves the cache.
-void pooled_layer(const Rows& patches, const Layer& l, Type between,
-                  const std::vector<int64_t>& pool, const Sides& around, const Size& size,
-                  void* out, Type type) {
-  constexpr int64_t kBand = 1 << 18;  // bytes of a band, about
-  const int64_t K = pool[0], C = l.Co;
-  const int64_t Wp = around.left + l.out.W + around.right, row = Wp * C;
-  // no more than there are: of one row of windows any stride is as good
-  const int64_t stride = std::min(pool[1], around.top + l.out.H + around.bottom);
-  const int64_t band = std::clamp<int64_t>(kBand / (row * stride * size_of(between)), 1, size.H);
-  const Window2d window{K, K, pool[1], C, Wp, size.W};
-  parallel(size.H, [&](int64_t begin, int64_t end) {
-    Scratch scratch;
-    void* buffer = scratch.take(((band - 1) * stride + K) * row);
-    int64_t done = 0;  // rows in front of this one are computed, or will not be read
-    for (int64_t ho = begin; ho < end; ho += band) {
-      const int64_t n = std::min(band, end - ho);
-      const int64_t first = ho * stride, last = first + (n - 1) * stride + K;  // padding included
-      if (done > first)  // the last band's last rows are this one's first
-        std::memmove(buffer, offset(buffer, between, band * stride * row),
-                     (done - first) * row * size_of(between));
-      done = std::max(done, first);
-      const int64_t top = std::clamp(around.top, done, last);
-      const int64_t bottom = std::clamp(around.top + l.out.H, top, last);
-      const auto at = [&](int64_t r) { return offset(buffer, between, (r - first) * row); };
-      clear_border(at(done), between, C, {bottom - top, l.out.W},
-                   {top - done, around.left, last - bottom, around.right}, true);
-      const int64_t from = top - around.top;  // of the layer's own rows
-      Rows rows = patches;
-      rows.data = offset(patches.data, between, from * patches.grid.outer_stride);
-      Output output{offset(at(top), between, around.left * C), between, {l.out.W, row, C}};
-      output.bias = l.bias;
-      output.activation = l.activation;
-      output.few_rows = l.out.H * l.out.W < 4;
-      simd::product(rows, 0, (bottom - top) * l.out.W, l.packed, C, 0, simd::panel_count(C),
-                    output);
-      done = last;
-      for (int64_t i = 0; i < n; ++i)
-        simd::max_pool_row(buffer, between, window, i, offset(out, type, ho * size.W * C), type);
+// The rows of a padded buffer under the output pixels of a convolution, from a row of them on.
+Rows patches(const void* buffer, Type type, const Layer& l) {
+  const Grid grid{l.out.W, l.stride * l.row(), l.stride * l.Ci};
+  return {buffer, type, grid, l.Kw * l.Ci, l.Kh, l.row()};
+}
+
+Output output_of(const Layer& l, void* data, Type type, int64_t row_stride) {
+  Output output{data, type, Grid{l.out.W, row_stride, l.Co}};
+  output.bias = l.bias;
+  output.activation = l.activation;
+  output.few_rows = l.out.H * l.out.W < 4;
+  return output;
+}
+
+// Layers of a plan, by one thread, a band of rows at a time. Each keeps the rows of its padded
+// input that are still to be read, and asks the layer in front of it for more.
+class Bands {
+ public:
+  Bands(Scratch& scratch, const Layer* layers, size_t count, Type between)
+      : layers_(layers), between_(between) {
+    for (size_t i = 0; i < count; ++i) bands_.push_back(band_of(scratch, layers[i]));
+  }
+
+  // Rows [begin, end) of what the layers make of `image`, or of the first one's padded input.
+  void run(const simd::Image* image, const void* padded, int64_t begin, int64_t end, void* to,
+           Type type, int64_t row_stride) {
+    image_ = image, padded_ = padded;
+    for (Band& b : bands_) b.first = b.done = 0;
+    rows(bands_.size() - 1, begin, end, to, type, row_stride);
+  }
+
+ private:
+  struct Band {
+    int64_t height;  // rows of output at a time
+    void* data;      // rows [first, done) of padded input
+    int64_t first = 0, done = 0;
+  };
+
+  Band band_of(Scratch& scratch, const Layer& l) const {
+    // as many bytes of input as the weights that are read beside it have, or a part of L2
+    const int64_t weights = l.packed ? l.Kh * l.Kw * l.Ci * l.Co * 4 : 0;
+    const int64_t bytes = std::max<int64_t>(kBand, weights);
+    const int64_t stride = std::min(l.stride, l.padded_height());  // of one row any is as good
+    const int64_t row = std::max<int64_t>(l.row(), 1);
+    const int64_t height =
+        std::clamp<int64_t>(bytes / (row * stride * size_of(between_)), 1, l.out.H);
+    return {height, scratch.take(((height - 1) * stride + l.Kh) * row)};
+  }
+
+  void rows(size_t i, int64_t begin, int64_t end, void* to, Type type, int64_t row_stride) {
+    const Layer& l = layers_[i];
+    const int64_t count = divide_up(end - begin, bands_[i].height);
+    const int64_t height = divide_up(end - begin, std::max<int64_t>(count, 1));
+    for (int64_t h = begin; h < end; h += height) {
+      const int64_t n = std::min(height, end - h);
+      const void* in = input(i, h * l.stride, (h + n - 1) * l.stride + l.Kh);
+      void* out = offset(to, type, (h - begin) * row_stride);
+      if (l.packed) {
+        simd::product(patches(in, between_, l), 0, n * l.out.W, l.packed, l.Co, 0,
+                      simd::panel_count(l.Co), output_of(l, out, type, row_stride));
+      } else {
+        const Window2d window{l.Kh, l.Kw, l.stride, l.Ci, l.padded_width(), l.out.W};
+        simd::max_pool(in, between_, window, n, out, type);
+      }
     }
-  });
+  }
+
+  // Rows [first, last) of layer i's padded input; those in front of them will not be read again.
+  const void* input(size_t i, int64_t first, int64_t last) {
+    const Layer& l = layers_[i];
+    const int64_t row = l.row();
+    if (i == 0 && padded_) return offset(padded_, between_, first * row);
+    Band& b = bands_[i];
+    if (b.done > first)
+      std::memmove(b.data, offset(b.data, between_, (first - b.first) * row),
+                   (b.done - first) * row * size_of(between_));
+    const int64_t done = std::max(b.done, first);
+    const Sides& p = l.padding;
+    if (i == 0) {
+      simd::load_padded(*image_, p.top - first, p.left, l.padded_width(), done - first,
+                        last - first, b.data, between_);
+    } else {
+      const auto at = [&](int64_t r) { return offset(b.data, between_, (r - first) * row); };
+      const int64_t top = std::clamp(p.top, done, last);
+      const int64_t bottom = std::clamp(p.top + l.in.H, top, last);
+      clear_border(at(done), between_, l.Ci, {bottom - top, l.in.W},
+                   {top - done, p.left, last - bottom, p.right}, !l.packed);
+      rows(i - 1, top - p.top, bottom - p.top, offset(at(top), between_, p.left * l.Ci), between_,
+           row);
+    }
+    b.first = first, b.done = last;
+    return b.data;
+  }
+
+  static constexpr int64_t kBand = 1 << 17;
+  const Layer* layers_;
+  Type between_;
+  std::vector<Band> bands_;
+  const simd::Image* image_ = nullptr;
+  const void* padded_ = nullptr;
+};
+
+// All threads take each layer together.
+void layer_by_layer(const std::vector<Layer>& layers, const simd::Image& image, Type between,
+                    void* tokens, Type type) {
+  Scratch scratch;
+  const void* padded = nullptr;  // the input of layer i, from the second on
+  for (size_t i = 0, count; i < layers.size(); i += count) {
+    count = i + 2 == layers.size() && !layers.back().packed ? 2 : 1;  // a pool with its layer
+    const Layer& l = layers[i + count - 1];
+    void *out = tokens, *next = nullptr;
+    Type to = type;
+    int64_t row = l.out.W * l.Co;
+    if (i + count < layers.size()) {
+      const Layer& after = layers[i + count];
+      next = scratch.take(after.padded_height() * after.row());
+      clear_border(next, between, after.Ci, after.in, after.padding, false);
+      to = between, row = after.row();
+      out = offset(next, to, after.padding.top * row + after.padding.left * after.Ci);
+    }
+    if (padded && count == 1) {
+      product_parallel(patches(padded, between, l), l.out.H * l.out.W, l.packed, l.Co,
+                       output_of(l, out, to, row));
+    } else {
+      parallel(l.out.H, [&](int64_t begin, int64_t end) {
+        Scratch own;
+        Bands(own, &layers[i], count, between)
+            .run(&image, padded, begin, end, offset(out, to, begin * row), to, row);
+      });
+    }
+    padded = next;
+  }
 }
 
 Tensor conv_stem(Tensor image, std::vector<Tensor> weights, std::vector<Tensor> biases,
@@ -161,52 +246,34 @@ Tensor conv_stem(Tensor image, std::vector<Tensor> weights, std::vector<Tensor> 
                  std::vector<int64_t> paddings, std::vector<int64_t> activations,
                  std::vector<int64_t> pool) {
   Scratch scratch;
-  const std::vector<Layer> layers =
+  std::vector<Layer> layers =
       plan(scratch, image, weights, biases, packed, strides, paddings, activations);
+  if (!pool.empty()) {
+    const Size in = layers.back().out;
+    const Sides around = pool_sides(pool, in);
+    const int64_t C = layers.back().Co, K = pool[0];
+    layers.push_back(
+        {nullptr, nullptr, K, K, C, C, pool[1], 0, around, in, in.after(K, K, pool[1], around)});
+  }
   const Layer& last = layers.back();
-  const bool has_pool = !pool.empty();
-  const Sides around = has_pool ? pool_sides(pool, last.out) : Sides{};
-  const Size size = has_pool ? last.out.after(pool[0], pool[0], pool[1], around) : last.out;
-  const int64_t B = image.size(0), C = last.Co;
-  Tensor tokens = empty({B, size.H * size.W, C}, weights[0].scalar_type());
+  const int64_t B = image.size(0), one = last.out.H * last.out.W * last.Co;
+  Tensor tokens = empty({B, last.out.H * last.out.W, last.Co}, weights[0].scalar_type());
   const Type type = type_of(tokens), between = simd::product_type(type);
   if (tokens.numel() == 0) return tokens;
 
-  // Buffer i holds the input of layer i with that layer's padding around it.
-  std::vector<float*> buffers;
-  for (const Layer& l : layers) {
-    buffers.push_back(scratch.take(padded_floats(l.in, l.padding, l.Ci)));
-    if (buffers.size() > 1) clear_border(buffers.back(), between, l.Ci, l.in, l.padding, false);
-  }
-  for (int64_t b = 0; b < B; ++b) {
-    const Layer& first = layers[0];
-    const simd::Image source = image_of(image, b);
-    const int64_t Hp = first.in.H + first.padding.top + first.padding.bottom;
-    parallel(Hp, [&](int64_t begin, int64_t end) {
-      simd::load_padded(source, first.padding.top, first.padding.left,
-                        first.in.W + first.padding.left + first.padding.right, begin, end,
-                        buffers[0], between);
+  const auto tokens_of = [&](int64_t b) { return offset(tokens.mutable_data_ptr(), type, b * one); };
+  if (is_shared_evenly(B)) {
+    parallel(B, [&](int64_t begin, int64_t end) {
+      Scratch own;
+      Bands bands(own, layers.data(), layers.size(), between);
+      for (int64_t b = begin; b < end; ++b) {
+        const simd::Image source = image_of(image, b);
+        bands.run(&source, nullptr, 0, last.out.H, tokens_of(b), type, last.out.W * last.Co);
+      }
     });
-    void* out = offset(tokens.mutable_data_ptr(), type, b * size.H * size.W * C);
-    for (size_t i = 0; i < layers.size(); ++i) {
-      const Layer& l = layers[i];
-      const Rows rows = patches(buffers[i], between, l.in.W + l.padding.left + l.padding.right, l);
-      const bool is_last = i + 1 == layers.size();
-      if (is_last && has_pool) {
-        pooled_layer(rows, l, between, pool, around, size, out, type);
-        break;
-      }
-      Output output{out, type, simd::plain_rows(C)};
-      if (!is_last) {
-        const Sides& p = layers[i + 1].padding;
-        const int64_t Wp = l.out.W + p.left + p.right;
-        output = {offset(buffers[i + 1], between, (p.top * Wp + p.left) * l.Co), between,
-                  Grid{l.out.W, Wp * l.Co, l.Co}};
-      }
-      output.bias = l.bias;
-      output.activation = l.activation;
-      product_parallel(rows, l.out.H * l.out.W, l.packed, l.Co, output);
-    }
+  } else {
+    for (int64_t b = 0; b < B; ++b)
+      layer_by_layer(layers, image_of(image, b), between, tokens_of(b), type);
   }
   return tokens;
 }

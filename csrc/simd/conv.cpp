@@ -106,9 +106,9 @@ HYBRIDOPS_INLINE const E* window_start(const E* buffer, const Window2d& w, int64
 }
 
 template <class E, class T>
-void pool_row(const E* buffer, const Window2d& w, int64_t ho, T* y) {
-  for (int64_t wo = 0; wo < w.Wo; ++wo) {
-    const E* from = window_start(buffer, w, ho * w.Wo + wo);
+void pool_rows(const E* buffer, const Window2d& w, int64_t rows, T* y) {
+  for (int64_t m = 0; m < rows * w.Wo; ++m) {
+    const E* from = window_start(buffer, w, m);
     for (int64_t c = 0; c < w.C; c += kLanes) {
       const int64_t left = w.C - c;
       Vec best = splat(-__builtin_inff());
@@ -117,7 +117,7 @@ void pool_row(const E* buffer, const Window2d& w, int64_t ho, T* y) {
           const Vec x = load_some(from + (i * w.Wp + j) * w.C + c, left);
           best = (x > best) | (x != x) ? x : best;
         }
-      store_some(y + (ho * w.Wo + wo) * w.C + c, best, left);
+      store_some(y + m * w.C + c, best, left);
     }
   }
 }
@@ -162,10 +162,10 @@ void scatter_patches(const float* patches, const Window2d& w, int64_t begin, int
   }
 }
 
-void max_pool_row(const void* buffer, Type buffer_type, const Window2d& w, int64_t ho, void* y,
-                  Type type) {
+void max_pool(const void* buffer, Type buffer_type, const Window2d& w, int64_t rows, void* y,
+              Type type) {
   const auto from = [&](const auto* x) {
-    type == Type::kFloat ? pool_row(x, w, ho, (float*)y) : pool_row(x, w, ho, (BFloat16*)y);
+    type == Type::kFloat ? pool_rows(x, w, rows, (float*)y) : pool_rows(x, w, rows, (BFloat16*)y);
   };
   buffer_type == Type::kFloat ? from((const float*)buffer) : from((const BFloat16*)buffer);
 }

@@ -40,8 +40,8 @@ void gather_patches(const float* buffer, const Window2d& w, int64_t begin, int64
 void scatter_patches(const float* patches, const Window2d& w, int64_t begin, int64_t rows,
                      float* buffer);
 
-// Max-pool of a (Hp, Wp, C) buffer: output row `ho`, (Wo, C) numbers in `type`. NaN wins.
-void max_pool_row(const void* buffer, Type buffer_type, const Window2d& w, int64_t ho, void* y,
-                  Type type);
+// Max-pool of a (Hp, Wp, C) buffer: so many rows of (Wo, C) numbers in `type`. NaN wins.
+void max_pool(const void* buffer, Type buffer_type, const Window2d& w, int64_t rows, void* y,
+              Type type);
 
 }  // namespace hybridops::simd
