@@ -233,9 +233,7 @@ inline int64_t threads() { return on_its_own ? 1 : torch::stable::get_num_thread
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Whether the busiest of the threads has at most an eighth more of B images than an even share.
-inline bool is_shared_evenly(int64_t B) {
-  return divide_up(B, threads()) * threads() * 8 <= B * 9;
-}
+inline bool is_shared_evenly(int64_t B) { return divide_up(B, threads()) * threads() * 8 <= B * 9; }
 
 // How many of B images a thread takes through many layers at a time, so that what lies between
 // these stays in its cache, and no thread waits for another before the end. 0: all threads take

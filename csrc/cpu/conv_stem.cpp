@@ -261,7 +261,9 @@ Tensor conv_stem(Tensor image, std::vector<Tensor> weights, std::vector<Tensor> 
   const Type type = type_of(tokens), between = simd::product_type(type);
   if (tokens.numel() == 0) return tokens;
 
-  const auto tokens_of = [&](int64_t b) { return offset(tokens.mutable_data_ptr(), type, b * one); };
+  const auto tokens_of = [&](int64_t b) {
+    return offset(tokens.mutable_data_ptr(), type, b * one);
+  };
   if (is_shared_evenly(B)) {
     parallel(B, [&](int64_t begin, int64_t end) {
       Scratch own;

@@ -139,15 +139,16 @@ HYBRIDOPS_INLINE void multiply_transposed(Tile<MR, NV>& tile, const float* a, in
 // chain starts from zero, so that rounding errors grow with sqrt(chain) instead of sqrt(K). A move
 // costs 18 cycles, 2 % of a chain; torch's own products do no better, but its matrix-vector
 // products sum in many short chains. What a chain takes must not depend on a tile's rows: those
-// follow from the number of threads. bf16 numbers need no such care: their own rounding is 2^15
-// times larger than a sum's.
+// follow from the number of threads. A convolution (several runs) has longer chains than a plain
+// product: torch's own, oneDNN's, are less exact by more than that. bf16 numbers need no such care:
+// their own rounding is 2^15 times larger than a sum's.
 struct Chain {
   int64_t piece, pieces;  // a run is multiplied in equal pieces, of which so many are a chain
 };
 template <class E>
-Chain chain_of(int64_t run, bool few_rows) {
+Chain chain_of(int64_t run, bool few_rows, int64_t runs = 1) {
   if (Element<E>::kPerSlot == 2) return {run, INT64_MAX};
-  const int64_t longest = few_rows ? 32 : 128;
+  const int64_t longest = few_rows ? 32 : runs > 1 ? 192 : 128;
   if (run <= longest) return {run, longest / (run ? run : 1)};
   const int64_t parts = (run + longest - 1) / longest;
   return {(run + parts - 1) / parts, 1};

@@ -217,7 +217,10 @@ def check_int(op: str, name: str, value: object, low: int, high: int = LARGEST) 
 
 def are_plain(*values: object) -> bool:
     """Whether integers need no word from the door: neither bools nor symbols nor hostile ones."""
-    return all(type(value) is int and value <= LARGEST for value in values)
+    for value in values:  # noqa: SIM110 - all() of a generator takes three times as long
+        if type(value) is not int or value > LARGEST:
+            return False
+    return True
 
 
 def check_flag(op: str, name: str, value: object) -> None:

@@ -255,27 +255,26 @@ def as_image(tokens, size):
 
 def _at_once(image, layers, pool, layout):
     """The kernel without the door's checks, for layers that are plain; raises for any other."""
-    size, sides = image.shape[2:], []
-    for weight, bias, stride, padding, _, _, group_norm, affine in layers:
-        if not are_plain(stride, padding) or bias is None or group_norm or affine:
+    if pool is not None or not layers:
+        raise ValueError("not plain")
+    weights, biases, all_packed, strides, paddings, codes = [], [], [], [], [], []
+    _, _, H, W = image.shape
+    for weight, bias, stride, padding, activation, packed, group_norm, affine in layers:
+        if group_norm or affine or bias is None or not are_plain(stride, padding):
             raise ValueError("not plain")
-        _, _, *kernel = weight.shape
-        sides += (padding,) * 4
-        size = [(n + 2 * padding - k) // stride + 1 for n, k in zip(size, kernel, strict=True)]
-    if pool is not None or min(size) < 1:
+        _, _, Kh, Kw = weight.shape
+        H, W = (H + 2 * padding - Kh) // stride + 1, (W + 2 * padding - Kw) // stride + 1
+        weights.append(weight)
+        biases.append(bias)
+        all_packed.append(packed)
+        strides.append(stride)
+        paddings += (padding, padding, padding, padding)
+        codes.append(CODES[activation])
+    if H < 1 or W < 1:
         raise ValueError("not plain")
     with backend.below_autograd():
-        tokens = _forward(
-            image,
-            [layer.weight for layer in layers],
-            [layer.bias for layer in layers],
-            [layer.packed for layer in layers],
-            [layer.stride for layer in layers],
-            sides,
-            [CODES[layer.activation] for layer in layers],
-            [],
-        )
-    return tokens if layout == "tokens" else as_image(tokens, size)
+        tokens = _forward(image, weights, biases, all_packed, strides, paddings, codes, [])
+    return tokens if layout == "tokens" else as_image(tokens, (H, W))
 
 
 # door
