@@ -246,6 +246,7 @@ def test_committed_suites_ask_for_what_exists(path):
         ("", "asks for nothing"),
         ("[[ops]]\nname='peg'", "unknown tables ops"),
         ("[[op]]\nshape='x'", "number 1 has no name"),
+        ("[[model]]\nname=['levit_128s']", "number 1: name must be a string, got"),
         ("[[op]]\nname='peg'\ncolour='red'", "unknown key 'colour'"),
         ("[[op]]\nname='peg'\nshape='x'", "no shape 'x' of peg"),
         ("[[model]]\nname='hybridops:cpvt_tiny'\nsize=[true]", "size: must be"),

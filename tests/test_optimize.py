@@ -445,3 +445,24 @@ def test_export(timm):
     with torch.no_grad():
         program = torch.export.export(model, (x,))
         torch.testing.assert_close(program.module()(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("freeze", [True, False], ids=("frozen", "watched"))
+def test_weights_made_in_inference_mode(timm, freeze):
+    """They carry no version: a snapshot packs them once, and without one a warning says so."""
+    if "cpu" not in hybridops.backend.available():
+        pytest.skip("nothing packs without the C++ library")
+    with torch.inference_mode():
+        model = copy.deepcopy(build(timm, "levit"))
+        x = image(model)
+        expected = model(x)
+        if freeze:
+            optimize(model, freeze=True)
+        else:
+            with pytest.warns(UserWarning, match="made in inference mode carry no version"):
+                optimize(model)
+        assert_close(model(x), expected, copy.deepcopy(model).double()(x.double()))
+        with torch.profiler.profile() as profile:
+            model(x)
+    packs = [e.count for e in profile.key_averages() if e.key == "hybridops::pack_linear"]
+    assert bool(packs) != freeze

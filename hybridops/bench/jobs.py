@@ -267,6 +267,8 @@ def suite_jobs(path: Path, *, rehearsal: bool = False) -> list[Job]:
             where = f"{path}: [[{kind}]] number {i + 1}"
             if not isinstance(entry, dict) or "name" not in entry:
                 raise BadSuite(f"{where} has no name")
+            if not isinstance(entry["name"], str):
+                raise BadSuite(f"{where}: name must be a string, got {entry['name']!r}")
             single = {"name", "backend", "layout", "seed", "device", "target", "graph"}
             single |= {"freeze", "offload", "first"}
             options = {

@@ -174,7 +174,8 @@ class Plan:
             return module.derive()
         sources = tuple(map(getitem, self._tensors, self._tensor_names))
         value = derived(module, "plan", sources, module.derive)
-        if plain and kept(module, "plan") is not None and (self.frozen or unchanged):
+        # frozen: also weights made in inference mode, which carry no version to watch
+        if plain and (self.frozen or (unchanged and kept(module, "plan") is not None)):
             with suppress(KeyError):  # a setting that its class has by now: asked for in every call
                 watch = None if self.frozen else self._watch_of(module)
                 keep(module, _READY, _Ready(watch, value))

@@ -145,6 +145,8 @@ def optimize(
     for module, rule in swaps:
         _swap(module, rule, Plan(fold=fold and mode == "inference", frozen=freeze))
     _watch(model)
+    if not freeze and mode == "inference" and any(p.is_inference() for p in model.parameters()):
+        warnings.warn(_UNWATCHED, stacklevel=2)
     if journal is None:
         journal = Journal(
             options, fallbacks=Counter(backends.fallbacks), served=Counter(backends.served)
@@ -360,6 +362,12 @@ def _nothing(model, layers, strict):
     if strict:
         raise NothingToOptimize(message)
     warnings.warn(message, stacklevel=3)
+
+
+_UNWATCHED = (
+    "optimize: weights made in inference mode carry no version to watch, so they are folded and "
+    "packed again in every call; make the model outside of it, or pass freeze=True"
+)
 
 
 class _Forced:
