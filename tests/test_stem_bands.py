@@ -72,3 +72,17 @@ def test_threads_and_batches_change_no_bit(name, cpu_library):
     finally:
         torch.set_num_threads(threads)
     assert all(same_bits(found[0], other) for other in found[1:])
+
+
+@pytest.mark.parametrize("pool", [None, MaxPool()], ids=("tokens", "pooled"))
+@pytest.mark.parametrize("channels", [(3, 0, 4), (0, 4), (3, 5, 0, 4, 6)], ids=str)
+def test_packed_layers_without_channels(channels, pool, threads, cpu_library, nan_filled):
+    """Their packed weights are empty: what such a layer gives is its bias."""
+    weights = [torch.randn(Co, Ci, 3, 3) for Ci, Co in pairwise(channels)]
+    layers = [ConvLayer(w, torch.randn(len(w)), 2, 1, "relu", pack_conv(w)) for w in weights]
+    image = torch.randn(2, channels[0], 33, 37)
+    ours = conv_stem(image, layers, pool=pool)
+    with hybridops.use("reference"):
+        torchs = conv_stem(image, layers, pool=pool)
+        exact = conv_stem(image.double(), in_double(layers), pool=pool)
+    accurate(ours, torchs, exact, str(channels))

@@ -19,8 +19,9 @@ using simd::Rows;
 using simd::Type;
 using simd::Window2d;
 
-// A convolution, or the pool behind the last (packed null).
+// A convolution, or the pool behind the last.
 struct Layer {
+  bool is_pool;
   const float *packed, *bias;
   int64_t Kh, Kw, Ci, Co, stride, activation;
   Sides padding;
@@ -147,7 +148,7 @@ class Bands {
 
   Band band_of(Scratch& scratch, const Layer& l) const {
     // as many bytes of input as the weights that are read beside it have, or a part of L2
-    const int64_t weights = l.packed ? l.Kh * l.Kw * l.Ci * l.Co * 4 : 0;
+    const int64_t weights = l.is_pool ? 0 : l.Kh * l.Kw * l.Ci * l.Co * 4;
     const int64_t bytes = std::max<int64_t>(kBand, weights);
     const int64_t stride = std::min(l.stride, l.padded_height());  // of one row any is as good
     const int64_t row = std::max<int64_t>(l.row(), 1);
@@ -164,12 +165,12 @@ class Bands {
       const int64_t n = std::min(height, end - h);
       const void* in = input(i, h * l.stride, (h + n - 1) * l.stride + l.Kh);
       void* out = offset(to, type, (h - begin) * row_stride);
-      if (l.packed) {
-        simd::product(patches(in, between_, l), 0, n * l.out.W, l.packed, l.Co, 0,
-                      simd::panel_count(l.Co), output_of(l, out, type, row_stride));
-      } else {
+      if (l.is_pool) {
         const Window2d window{l.Kh, l.Kw, l.stride, l.Ci, l.padded_width(), l.out.W};
         simd::max_pool(in, between_, window, n, out, type);
+      } else {
+        simd::product(patches(in, between_, l), 0, n * l.out.W, l.packed, l.Co, 0,
+                      simd::panel_count(l.Co), output_of(l, out, type, row_stride));
       }
     }
   }
@@ -193,7 +194,7 @@ class Bands {
       const int64_t top = std::clamp(p.top, done, last);
       const int64_t bottom = std::clamp(p.top + l.in.H, top, last);
       clear_border(at(done), between_, l.Ci, {bottom - top, l.in.W},
-                   {top - done, p.left, last - bottom, p.right}, !l.packed);
+                   {top - done, p.left, last - bottom, p.right}, l.is_pool);
       rows(i - 1, top - p.top, bottom - p.top, offset(at(top), between_, p.left * l.Ci), between_,
            row);
     }
@@ -215,7 +216,7 @@ void layer_by_layer(const std::vector<Layer>& layers, const simd::Image& image, 
   Scratch scratch;
   const void* padded = nullptr;  // the input of layer i, from the second on
   for (size_t i = 0, count; i < layers.size(); i += count) {
-    count = i + 2 == layers.size() && !layers.back().packed ? 2 : 1;  // a pool with its layer
+    count = i + 2 == layers.size() && layers.back().is_pool ? 2 : 1;  // a pool with its layer
     const Layer& l = layers[i + count - 1];
     void *out = tokens, *next = nullptr;
     Type to = type;
@@ -252,8 +253,8 @@ Tensor conv_stem(Tensor image, std::vector<Tensor> weights, std::vector<Tensor> 
     const Size in = layers.back().out;
     const Sides around = pool_sides(pool, in);
     const int64_t C = layers.back().Co, K = pool[0];
-    layers.push_back(
-        {nullptr, nullptr, K, K, C, C, pool[1], 0, around, in, in.after(K, K, pool[1], around)});
+    layers.push_back({true, nullptr, nullptr, K, K, C, C, pool[1], 0, around, in,
+                      in.after(K, K, pool[1], around)});
   }
   const Layer& last = layers.back();
   const int64_t B = image.size(0), one = last.out.H * last.out.W * last.Co;
