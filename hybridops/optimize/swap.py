@@ -92,7 +92,8 @@ def optimize(
     """Replace every layer that has a rule by its fast twin, in place, and return the model.
 
     mode: "inference" folds norms into weights and packs them (while the model trains it computes
-        as before); "train" only swaps kernels.
+        as before); "train" only swaps kernels. Weights made in inference mode cannot be watched
+        for changes: without freeze they are folded and packed in every call, and a warning says so.
     fold: False swaps kernels only, in inference too. state_dict never changes either way.
     freeze: True makes the model a snapshot, as torch.compile's freezing and exporting do: what its
         first call in inference folds and packs serves all later ones, which look no more for
