@@ -63,7 +63,7 @@ def test_threads_and_batches_change_no_bit(name, cpu_library):
     image = image.to(memory_format=torch.channels_last) if name == "deep" else image
     threads, found = torch.get_num_threads(), []
     try:
-        for count in (1, 2, 3, 5):  # one, three, two and five images are shared out evenly, or not
+        for count in (1, 2, 3, 5):  # an image each, or all threads for one
             torch.set_num_threads(count)
             found += [
                 torch.cat([conv_stem(part, layers, pool=pool) for part in image.split(n)])

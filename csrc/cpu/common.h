@@ -232,19 +232,21 @@ void parallel(int64_t tasks, const F& f) {
 inline int64_t threads() { return on_its_own ? 1 : torch::stable::get_num_threads(); }
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Whether the busiest of the threads has at most an eighth more of B images than an even share.
-inline bool is_shared_evenly(int64_t B) { return divide_up(B, threads()) * threads() * 8 <= B * 9; }
+// Whether pieces of n of B images can be shared out, each to one thread: the busiest then has at
+// most an eighth more than an even share.
+inline bool is_shared_evenly(int64_t B, int64_t n = 1) {
+  const int64_t T = threads(), most = divide_up(divide_up(B, n), T) * n;
+  return most * T * 8 <= B * 9;
+}
 
 // How many of B images a thread takes through many layers at a time, so that what lies between
 // these stays in its cache, and no thread waits for another before the end. 0: all threads take
 // each layer together, because such pieces would not be shared out evenly.
 inline int64_t images_at_once(int64_t B, int64_t bytes_of_one) {
   constexpr int64_t kInCache = 1 << 18;  // a part of L2: the layers' weights pass through it, too
-  const int64_t T = threads(), even = divide_up(B, T);
-  const int64_t n = std::min(std::max<int64_t>(kInCache / std::max<int64_t>(bytes_of_one, 1), 1),
-                             std::max<int64_t>(even, 1));
-  const int64_t most = divide_up(divide_up(B, n), T) * n;  // images of the busiest thread
-  return n < B && most * T * 8 <= B * 9 ? n : 0;  // an eighth more than an even share, at most
+  const int64_t fit = std::max<int64_t>(kInCache / std::max<int64_t>(bytes_of_one, 1), 1);
+  const int64_t n = std::min(fit, std::max<int64_t>(divide_up(B, threads()), 1));
+  return n < B && is_shared_evenly(B, n) ? n : 0;
 }
 
 // f(first, n) for pieces of B images, each by one thread.

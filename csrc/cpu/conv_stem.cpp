@@ -265,7 +265,7 @@ Tensor conv_stem(Tensor image, std::vector<Tensor> weights, std::vector<Tensor> 
   const auto tokens_of = [&](int64_t b) {
     return offset(tokens.mutable_data_ptr(), type, b * one);
   };
-  if (is_shared_evenly(B)) {
+  if (is_shared_evenly(B)) {  // an image each: no thread waits for another before the end
     parallel(B, [&](int64_t begin, int64_t end) {
       Scratch own;
       Bands bands(own, layers.data(), layers.size(), between);
