@@ -99,44 +99,6 @@ def plain_linears(owner: nn.Module, *names: str) -> list[Weights] | None:
     return [linear_weights(owner, *named) for named in zip(names, layers, strict=True)]
 
 
-def _is_recorded(*inputs: Tensor | None) -> bool:
-    """Whether a gradient is recorded, so that an activation had better follow the kernel.
-
-    The gradient of a fused one computes again what it was given, a product or attention's forward
-    pass. Apart, that is kept, as in plain torch.
-    """
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
-
-
-def linear_then(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    *,
-    activation: str = "none",
-    residual: Tensor | None = None,
-    **rest: Any,
-) -> Tensor:
-    """ops.linear with its activation, apart where that is faster and gives the same bits.
-
-    Re-entrant checkpointing runs a layer both ways. In bf16 what is apart is rounded in between.
-    """
-    if activation != "none" and _is_recorded(x, weight):
-        if activation == "relu":
-            return finish(ops.linear(x, weight, bias, **rest), activation, residual)
-        if x.is_cpu and x.dtype == torch.float32 and not is_autocast_on(x):
-            y = ops.activation(ops.linear(x, weight, bias, **rest), activation)
-            return y if residual is None else residual + y
-    return ops.linear(x, weight, bias, activation=activation, residual=residual, **rest)
-
-
-def attention_then(q: Tensor, k: Tensor, v: Tensor, *, activation: str, **rest: Any) -> Tensor:
-    """ops.attention with its activation, apart where that is faster."""
-    if activation != "none" and _is_recorded(q, k, v, rest.get("bias")):
-        return finish(ops.attention(q, k, v, **rest), activation)
-    return ops.attention(q, k, v, activation=activation, **rest)
-
-
 def fused_linear(
     owner: nn.Module,
     name: str,
@@ -161,9 +123,9 @@ def fused_linear(
             x = norm(x)
     w = linear_weights(owner, name, linear)
     if residual is not None and keeps_fp32(x):
-        y = linear_then(x, w.weight, w.bias, norm=affine, activation=activation, packed=w.packed)
+        y = ops.linear(x, w.weight, w.bias, norm=affine, activation=activation, packed=w.packed)
         return residual + y
-    return linear_then(
+    return ops.linear(
         x,
         w.weight,
         w.bias,

@@ -18,7 +18,6 @@ from ._fusion import (
     is_ours,
     is_plain,
     keeps_fp32,
-    linear_then,
     norm_batch,
 )
 
@@ -50,7 +49,7 @@ class Linear(nn.Linear):
         if backend.reference_forced():
             return ACTIVATIONS[self.activation](F.linear(x, self.weight, self.bias))
         w = linear_weights(self, "linear", self)
-        return linear_then(x, w.weight, w.bias, activation=self.activation, packed=w.packed)
+        return ops.linear(x, w.weight, w.bias, activation=self.activation, packed=w.packed)
 
     def extra_repr(self) -> str:
         shown = super().extra_repr()

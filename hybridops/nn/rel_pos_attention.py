@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .. import backend, ops
 from ._derived import derived
-from ._fusion import SEQUENTIALS, activation_name, attention_then, finish, is_plain
+from ._fusion import SEQUENTIALS, activation_name, finish, is_plain
 from .linear import LinearNorm, folded, linear_norm
 
 
@@ -228,7 +228,7 @@ def _attend(module, q, k, v, residual):
         bias = biases
     else:
         bias, index = _dense_bias(module), None
-    out = attention_then(
+    out = ops.attention(
         q, k, v, bias=bias, bias_index=index, scale=module.scale, activation=name or "none"
     ).flatten(2)
     if not plain:

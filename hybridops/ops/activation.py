@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .. import backend
 from ._contract import (
+    CODES,
     activate,
     activation_backward,
     activation_code,
@@ -40,6 +41,38 @@ def _gradient(ctx, dy):
 
 
 _recorded = differentiable("activation", _setup, _gradient)
+
+
+# for the doors of what has an activation behind it
+def follows(code: int, *inputs: Tensor | None) -> bool:
+    """Whether a gradient is recorded, so that an activation had better follow its layer.
+
+    The gradient of a fused one computes the layer again, to know what the activation was given;
+    apart, that is kept, as in plain torch.
+    """
+    return (
+        code != 0
+        and torch.is_grad_enabled()
+        and any(x is not None and x.requires_grad for x in inputs)
+    )
+
+
+def has_fused_bits(code: int, x: Tensor) -> bool:
+    """Whether behind(x, code) has the bits of the fused activation.
+
+    In half precision what is apart is rounded in between, which only ReLU does not see.
+    """
+    return code == CODES["relu"] or _has_kernel(x)
+
+
+def behind(x: Tensor, code: int) -> Tensor:
+    """activation(x), for an x that a kernel has just computed and a gradient that is recorded."""
+    own = _has_kernel(x) and code != CODES["relu"]  # torch's ReLU has the same bits
+    return _recorded(x, code) if own else activate(x, code)
+
+
+def _has_kernel(x: Tensor) -> bool:
+    return x.is_cpu and x.dtype == torch.float32
 
 
 # door

@@ -36,6 +36,7 @@ from ._contract import (
     library,
     on_gpu,
 )
+from .activation import behind, follows, has_fused_bits
 
 LARGEST_GPU_HEAD = 128  # what kernels/tuned_sm*.json list
 
@@ -198,14 +199,17 @@ def attention(
         plain = backend.reference_forced() or not on_gpu
         torchs = attention_reference if plain else attention_by_torch
         return torchs(q, k, v, bias, bias_index, key_padding_mask, scale, code)
+    apart = follows(code, q, k, v, bias) and has_fused_bits(code, q)
+    masks = (bias, bias_index, key_padding_mask)
     try:
-        return _recorded(q, k, v, bias, bias_index, key_padding_mask, float(scale), code)[0]
+        y, _ = _recorded(q, k, v, *masks, float(scale), 0 if apart else code)
     except (
         RuntimeError
     ):  # the kernel looks at every index as it reads it; asking first would cost 30 us a call
         if bias_index is not None:
             _check_range(bias, bias_index)
         raise
+    return behind(y, code) if apart else y
 
 
 def _unserved(q, v):

@@ -35,6 +35,7 @@ from ._contract import (
     on_gpu,
     unpack_norm,
 )
+from .activation import behind, follows, has_fused_bits
 
 
 # meaning
@@ -189,6 +190,10 @@ def linear(
         check_shape("linear", "residual", residual, (*x.shape[:-1], N))
     if backend.which("linear", x) == "reference":
         return linear_reference(x, weight, bias, norm_weight, norm_bias, eps, residual, code)
+    inputs = (x, weight, bias, norm_weight, norm_bias)
+    if follows(code, *inputs) and has_fused_bits(code, x):
+        y = behind(_recorded(x, weight, bias, packed, norm_weight, norm_bias, eps, None, 0), code)
+        return y if residual is None else y + residual
     return _recorded(x, weight, bias, packed, norm_weight, norm_bias, eps, residual, code)
 
 

@@ -13,8 +13,7 @@ import torch
 from torch import nn
 
 from ..nn._derived import fold_behind, fold_in_front, packed_weights
-from ..nn._fusion import attention_then
-from ..ops import ConvLayer, conv_stem, linear, pack_conv
+from ..ops import ConvLayer, attention, conv_stem, linear, pack_conv
 from ..ops.chain import Layer, attention_step, mlp_step, subsample_step
 from .chained import Chained
 from .convs import TRAINING
@@ -224,9 +223,7 @@ class AttentionSubsample(Attention):
 def attend(attn: Any, q: Any, k: Any, v: Any) -> Any:
     activation, _ = attn._hybridops_plan.facts
     bias, index = attn.attention_biases, attn.attention_bias_idxs
-    y = attention_then(
-        q, k, v, bias=bias, bias_index=index, scale=attn.scale, activation=activation
-    )
+    y = attention(q, k, v, bias=bias, bias_index=index, scale=attn.scale, activation=activation)
     return y.flatten(2)
 
 

@@ -20,7 +20,6 @@ from timm.models.visformer import Attention as VisformerAttention
 from timm.models.volo import Attention as VoloAttention
 
 from ..nn._derived import Weights
-from ..nn._fusion import linear_then
 from ..ops import attention, linear, mlp_layer
 from .fast import (
     Fast,
@@ -151,7 +150,7 @@ class FastNormMlp(Fast, NormMlp):
         if not plan.intact():
             return NormMlp.forward(self, x)
         fc1, fc2 = self.fc1, self.fc2
-        hidden = linear_then(self.norm(x), fc1.weight, fc1.bias, activation=plan.facts)
+        hidden = linear(self.norm(x), fc1.weight, fc1.bias, activation=plan.facts)
         return self.drop2(linear(self.drop1(hidden), fc2.weight, fc2.bias))
 
     def derive(self):

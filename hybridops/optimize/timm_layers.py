@@ -11,7 +11,6 @@ from timm.layers.patch_embed import PatchEmbed
 from timm.layers.trace_utils import _assert
 from torch import nn
 
-from ..nn._fusion import linear_then
 from ..ops import attention, linear, mlp_layer, patch_embed
 from .fast import (
     Fast,
@@ -104,7 +103,7 @@ class FastMlp(Fast, Mlp):
             return linear(self.norm(h), fc2.weight, fc2.bias, packed=fc2.packed)
         if not plan.intact():
             return Mlp.forward(self, x)
-        h = linear_then(x, self.fc1.weight, self.fc1.bias, activation=plan.facts)
+        h = linear(x, self.fc1.weight, self.fc1.bias, activation=plan.facts)
         h = self.norm(self.drop1(h))
         return self.drop2(linear(h, self.fc2.weight, self.fc2.bias))
 

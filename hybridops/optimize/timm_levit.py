@@ -28,14 +28,9 @@ from timm.models.levit import (
 from torch import nn
 
 from ..nn._derived import fold_behind, fold_in_front, packed_weights
-from ..nn._fusion import attention_then, norm_batch
+from ..nn._fusion import norm_batch
 from ..nn.conv_stem import conv_norm
-from ..ops import (
-    ConvLayer,
-    conv_stem,
-    linear,
-    pack_conv,
-)
+from ..ops import ConvLayer, attention, conv_stem, linear, pack_conv
 from .chained import Chained, Container, layers_of, not_chained
 from .fast import (
     Fast,
@@ -265,7 +260,7 @@ class FastAttention(_OnTokens, Attention):
 
 def _attend(attn, q, k, v):
     """Attention and the activation behind it, with the bias read out of its table."""
-    out = attention_then(
+    out = attention(
         q,
         k,
         v,

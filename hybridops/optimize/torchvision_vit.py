@@ -7,7 +7,6 @@ from torch import nn
 from torchvision.models.vision_transformer import EncoderBlock, MLPBlock, VisionTransformer
 from torchvision.ops.misc import MLP
 
-from ..nn._fusion import linear_then
 from ..ops import linear, mlp_layer, patch_embed
 from . import convs
 from .block import BlockWeights, fused_layers
@@ -59,7 +58,7 @@ class _Perceptron(Fast):
         if not plan.intact():
             return nn.Sequential.forward(self, x)
         up, _, inner, down, outer = self._modules.values()
-        h = linear_then(x, up.weight, up.bias, activation=plan.facts)
+        h = linear(x, up.weight, up.bias, activation=plan.facts)
         return outer(linear(inner(h), down.weight, down.bias))
 
     def derive(self):

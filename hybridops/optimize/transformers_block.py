@@ -13,9 +13,8 @@ from torch import Tensor, nn
 
 from ..hf import key_padding
 from ..nn._derived import Weights
-from ..nn._fusion import linear_then
 from ..nn.attention import split_mask
-from ..ops import attention, attention_layer, mlp_layer, patch_embed
+from ..ops import attention, attention_layer, linear, mlp_layer, patch_embed
 from ..ops.chain import Chain
 from .block import BlockWeights, fused_layers
 from .fast import (
@@ -54,7 +53,7 @@ def joined(*layers: Any) -> Weights:
 
 
 def product(x: Tensor, w: Weights, **kwargs: Any) -> Tensor:
-    return linear_then(x, w.weight, w.bias, packed=w.packed, **kwargs)
+    return linear(x, w.weight, w.bias, packed=w.packed, **kwargs)
 
 
 def masked_attention(q: Any, k: Any, v: Any, mask: Tensor | None, scale: float | None) -> Tensor:

@@ -12,7 +12,6 @@ from transformers.models.pvt.modeling_pvt import (
 )
 
 from ..nn._derived import Weights
-from ..nn._fusion import linear_then
 from ..ops import linear, mlp_layer
 from .fast import Fast, not_one_of, packed_patch
 from .pyramid import ReducedAttention, embed, not_embedding
@@ -49,7 +48,7 @@ class FastMLP(Perceptron, PvtFFN):
         if not plan.intact():
             return PvtFFN.forward(self, hidden_states)
         up, down = self.dense1, self.dense2
-        h = self.dropout(linear_then(hidden_states, up.weight, up.bias, activation=plan.facts))
+        h = self.dropout(linear(hidden_states, up.weight, up.bias, activation=plan.facts))
         return self.dropout(linear(h, down.weight, down.bias))
 
 
