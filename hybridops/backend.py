@@ -253,13 +253,21 @@ def runs_at_once(x: object) -> bool:
     Such a call may go straight to the kernel, whose own checks refuse what does not fit; the door
     then says why.
     """
+    return not torch.is_grad_enabled() and _is_served_as_it_is(x)
+
+
+def records_at_once(x: object) -> bool:
+    """The same for a call that may have a gradient to record."""
+    return torch.is_grad_enabled() and _is_served_as_it_is(x)
+
+
+def _is_served_as_it_is(x: object) -> bool:
     return (
         isinstance(x, Tensor)
         and x.is_cpu
         and x.dtype in CPU_DTYPES
         and ISA is not None
         and _forced != "reference"
-        and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled("cpu")
         and not is_captured()
     )

@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from hybridops import bench, ops
-from hybridops.bench import check, clock, measure, op_task, peers, roof, sample, stats
+from hybridops.bench import check, clock, measure, op_task, peers, roof, sample, stats, work
 from hybridops.bench.cases import CASES
 from hybridops.bench.model_task import model_task, read_size
 from hybridops.bench.result import in_pixels
@@ -210,6 +210,50 @@ def test_a_roof_that_was_too_low_is_measured_again(monkeypatch):
     ours, _ = compared(lambda x: x @ x.T, lambda x: x @ x.T)
     assert ours.verdict == "OK"
     assert True in asked
+
+
+class Always:
+    """A clock on which every call takes a millisecond."""
+
+    name = "always"
+
+    def time(self, run, calls, before=None):
+        return 1e-3
+
+
+@pytest.mark.parametrize(("size", "verdict"), [(3, "OK"), (5, "INVALID")])
+def test_winograd_may_be_faster_than_the_products_as_written(size, verdict, monkeypatch):
+    x, weight = torch.randn(1, 8, 16, 16), torch.randn(8, 8, size, size)
+    flop = 2 * x.numel() * weight[0].numel()
+    machine = roof.Roof({"fp32": {1: flop / 1.5e-3 / 1e9}}, {"DRAM": {1: 1e3}})
+    monkeypatch.setattr(measure.roofs, "roof", lambda threads, refresh=False: machine)
+
+    def conv(x):
+        return F.conv2d(x, weight.to(x.dtype), padding=size // 2)
+
+    ours, _ = compared(conv, conv, (x,), timer=Always())
+    assert ours.verdict == verdict
+    assert ours.flop == flop
+    assert ours.percent_of_roof == pytest.approx(150)
+
+
+@pytest.mark.parametrize(
+    ("options", "share"),
+    [
+        ({}, 24 / 72),
+        ({"stride": 2}, 25 / 36),
+        ({"stride": (1, 2)}, 1.0),
+        ({"stride": 3}, 1.0),
+        ({"dilation": 2}, 1.0),
+        ({"groups": 2}, 1.0),
+    ],
+    ids=str,
+)
+def test_what_winograd_spares(options, share):
+    x, weight = torch.randn(2, 8, 15, 17), torch.randn(6, 8 // options.get("groups", 1), 3, 3)
+    y, counts = work.counted(lambda: F.conv2d(x, weight, **options))
+    assert counts.flop == 2 * y.numel() * weight[0].numel()
+    assert counts.least == pytest.approx(counts.flop * share)
 
 
 def test_flops_of_a_module_that_is_given_a_view_of_a_parameter():

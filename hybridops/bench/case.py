@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .. import ops
 from ..ops.layer import Weights
+from .work import WINOGRAD
 
 Inputs = dict[str, Any]
 
@@ -419,7 +420,7 @@ class Conv3x3(BodyConv):
     size = 3
 
     def work_share(self, t):
-        return 24 / 72 if self.stride == 1 else 25 / 36  # Winograd's, of 2 x 4 and 2 x 2 outputs
+        return WINOGRAD[self.stride]
 
 
 class Conv(NamedTuple):

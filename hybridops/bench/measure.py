@@ -8,7 +8,6 @@ does not win.
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,6 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from .. import backend
 from . import check, clock, peers, stats
@@ -24,6 +22,7 @@ from . import roof as roofs
 from .result import Row
 from .sample import Settings, interleaved
 from .task import Candidate, Skip, Task, threads
+from .work import counted
 
 Progress = Callable[[float, str], None]
 CROWD = 0.15  # cores
@@ -90,11 +89,9 @@ class _Comparison:
         self.task, self.settings, self.progress = task, settings, progress
         self.progress(0.0, "computing in float64")
         drawn = task.set_inputs(task.seed)
-        with FlopCounterMode(display=False, custom_mapping=_CORRECTIONS) as counter:
-            self.exact, self.outputs = task.exact(drawn)
-        self.flop = task.flop
-        if self.flop is None:
-            self.flop = float(counter.get_total_flops() * task.work_share)
+        (self.exact, self.outputs), work = counted(lambda: task.exact(drawn))
+        self.flop = work.flop * task.work_share if task.flop is None else task.flop
+        self.least_flop = min(work.least, self.flop) if task.flop is None else task.flop
         self.limits = task.limits(len(self.exact), self.outputs)
         self.device = task.inputs[0].device if task.inputs else torch.device("cpu")
         self.clock = timer or clock.clock_for(self.device, task.kind)
@@ -249,16 +246,17 @@ class _Comparison:
         """Rates, the share of the machine's roof; faster than the roof means mismeasured."""
         assert row.median_ms is not None
         for refresh in (False, True):  # a probe disturbed by others puts the roof too low
-            bound = roofs.bound(
+            bound = partial(
+                roofs.bound,
                 self._roof(refresh),
-                flop=self.flop,
                 bytes_moved=self.bytes,
                 dtype=self.task.dtype,
                 threads=1 if self.device.type == "cuda" else self.task.threads,
                 cache=self.settings.cache,
             )
-            row.set_rates(bound)
-            if row.percent_of_roof is None or row.percent_of_roof <= 105:
+            row.set_rates(bound(flop=self.flop))
+            least = bound(flop=self.least_flop)
+            if least is None or 105 * row.median_ms >= 100 * 1e3 * least.seconds:
                 return
         row.verdict, entry = "INVALID", next(e for e in self.entries if e.name == row.candidate)
         row.reason = (
@@ -278,15 +276,6 @@ def crowded(threads: int, others: float | None) -> str | None:
     if others is None or others <= CROWD or threads + others <= cores:
         return None
     return f"other processes used {others:.1f} of {cores} cores meanwhile"
-
-
-def _convolution_backward_flop(dy, _x, weight, *args, out_shape=None, **kwargs) -> int:
-    """torch's own count forgets that a depthwise weight gradient looks at one channel at a time."""
-    asked = args[-1] if args and isinstance(args[-1], (list, tuple)) else (True, True)
-    return 2 * math.prod(dy) * math.prod(weight[1:]) * sum(map(bool, asked[:2]))
-
-
-_CORRECTIONS = {torch.ops.aten.convolution_backward: _convolution_backward_flop}
 
 
 def _algorithmic_bytes(task: Task, outputs: Sequence[Tensor]) -> float:

@@ -118,13 +118,14 @@ def differentiable(name: str, setup: Callable, gradient: Callable) -> Callable:
     record: Any = type(f"hybridops_{name}_", (torch.autograd.Function,), both)
 
     def call(*args):
-        direct = (
-            torch.is_grad_enabled()
-            and not backend.is_captured()
-            and not torch._C._are_functorch_transforms_active()
-            and any(isinstance(x, Tensor) and x.requires_grad for x in args)
-        )
-        return record.apply(*args) if direct else op(*args)
+        if backend.is_captured() or torch._C._are_functorch_transforms_active():
+            return op(*args)
+        if torch.is_grad_enabled():
+            for x in args:
+                if isinstance(x, Tensor) and x.requires_grad:
+                    return record.apply(*args)
+        with backend.below_autograd():
+            return op(*args)
 
     return call
 
@@ -238,6 +239,16 @@ def unpack_norm(op: str, norm: object) -> tuple[Tensor | None, Tensor | None, fl
     weight, bias, eps = norm
     check_tensor(op, "norm weight", weight, 1)
     check_eps(op, "norm eps", eps)
+    return weight, bias, eps
+
+
+def plain_norm(norm: Any) -> tuple[Tensor | None, Tensor | None, float]:
+    """The same where a kernel looks first: raises one of REFUSALS for what is left to the door."""
+    if norm is None:
+        return None, None, 0.0
+    weight, bias, eps = norm
+    if type(eps) is not float:
+        raise TypeError("not plain")
     return weight, bias, eps
 
 

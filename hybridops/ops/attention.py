@@ -114,6 +114,7 @@ def _setup(ctx, inputs, output):
     q, k, v, bias, bias_index, key_padding_mask, ctx.scale, ctx.activation = inputs
     out, lse = output
     ctx.mark_non_differentiable(lse)
+    ctx.set_materialize_grads(False)  # else zeros for lse, in every call
     ctx.save_for_backward(q, k, v, bias, bias_index, key_padding_mask, out, lse)
 
 
@@ -165,6 +166,10 @@ def attention(
             factor = q.shape[3] ** -0.5 if scale is None else scale
             y, _ = _forward(q, k, v, bias, bias_index, key_padding_mask, factor, CODES[activation])
             return y
+    elif backend.records_at_once(q) and is_plain(scale):
+        with suppress(*REFUSALS):
+            factor = q.shape[3] ** -0.5 if scale is None else scale
+            return _record(q, k, v, bias, bias_index, key_padding_mask, factor, CODES[activation])
     code = activation_code("attention", activation)
     if is_autocast_on(q):
         q, k, v, bias = autocast(q, k, v, bias)
@@ -199,16 +204,20 @@ def attention(
         plain = backend.reference_forced() or not on_gpu
         torchs = attention_reference if plain else attention_by_torch
         return torchs(q, k, v, bias, bias_index, key_padding_mask, scale, code)
-    apart = follows(code, q, k, v, bias) and has_fused_bits(code, q)
-    masks = (bias, bias_index, key_padding_mask)
     try:
-        y, _ = _recorded(q, k, v, *masks, float(scale), 0 if apart else code)
+        return _record(q, k, v, bias, bias_index, key_padding_mask, float(scale), code)
     except (
         RuntimeError
     ):  # the kernel looks at every index as it reads it; asking first would cost 30 us a call
         if bias_index is not None:
             _check_range(bias, bias_index)
         raise
+
+
+def _record(q, k, v, bias, bias_index, key_padding_mask, scale, code):
+    apart = follows(code, q, k, v, bias) and has_fused_bits(code, q)
+    masks = (bias, bias_index, key_padding_mask)
+    y, _ = _recorded(q, k, v, *masks, scale, 0 if apart else code)
     return behind(y, code) if apart else y
 
 

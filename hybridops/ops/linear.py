@@ -33,6 +33,7 @@ from ._contract import (
     is_autocast_on,
     library,
     on_gpu,
+    plain_norm,
     unpack_norm,
 )
 from .activation import behind, follows, has_fused_bits
@@ -151,12 +152,12 @@ def linear(
     """
     if backend.runs_at_once(x):
         with suppress(*REFUSALS), backend.below_autograd():
-            norm_weight, norm_bias, eps = norm if norm is not None else (None, None, 0.0)
-            if type(eps) is not float:
-                raise TypeError("not plain")
-            return _forward(
-                x, weight, bias, packed, norm_weight, norm_bias, eps, residual, CODES[activation]
-            )
+            end = (*plain_norm(norm), residual, CODES[activation])
+            return _forward(x, weight, bias, packed, *end)
+    elif backend.records_at_once(x):
+        with suppress(*REFUSALS):
+            end = (*plain_norm(norm), residual, CODES[activation])
+            return _record(x, weight, bias, packed, *end)
     code = activation_code("linear", activation)
     norm_weight, norm_bias, eps = unpack_norm("linear", norm)
     if is_autocast_on(x):
@@ -190,6 +191,10 @@ def linear(
         check_shape("linear", "residual", residual, (*x.shape[:-1], N))
     if backend.which("linear", x) == "reference":
         return linear_reference(x, weight, bias, norm_weight, norm_bias, eps, residual, code)
+    return _record(x, weight, bias, packed, norm_weight, norm_bias, eps, residual, code)
+
+
+def _record(x, weight, bias, packed, norm_weight, norm_bias, eps, residual, code):
     inputs = (x, weight, bias, norm_weight, norm_bias)
     if follows(code, *inputs) and has_fused_bits(code, x):
         y = behind(_recorded(x, weight, bias, packed, norm_weight, norm_bias, eps, None, 0), code)

@@ -169,7 +169,11 @@ def peg(
     if backend.runs_at_once(x):
         with suppress(*REFUSALS), backend.below_autograd():
             end = (prefix, stride, padding, residual, activation, gate)
-            return _at_once(x, weight, bias, *grid, *end)
+            return _at_once(_forward, x, weight, bias, *grid, *end)
+    elif backend.records_at_once(x):
+        with suppress(*REFUSALS):
+            end = (prefix, stride, padding, residual, activation, gate)
+            return _at_once(_recorded, x, weight, bias, *grid, *end)
     code = activation_code("peg", activation)
     if is_autocast_on(x):
         x, weight, bias = autocast(x, weight, bias)
@@ -211,14 +215,14 @@ def peg(
     return _recorded(x, weight, bias, H, W, prefix, stride, padding, residual, code, gate)
 
 
-def _at_once(x, weight, bias, H, W, prefix, stride, padding, residual, activation, gate):
+def _at_once(run, x, weight, bias, H, W, prefix, stride, padding, residual, activation, gate):
     """Raises one of REFUSALS for what does not fit: the door's own checks then say why."""
     padding = weight.shape[3] // 2 if padding is None else padding
     plain = are_plain(H, W, prefix, stride, padding)
     if not plain or type(residual) is not bool or type(gate) is not bool:
         raise TypeError("not plain")
     code = CODES[activation]
-    return _forward(x, weight, bias, H, W, prefix, stride, padding, residual, code, gate)
+    return run(x, weight, bias, H, W, prefix, stride, padding, residual, code, gate)
 
 
 def _unserved(x, H, W):
