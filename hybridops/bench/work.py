@@ -17,8 +17,10 @@ T = TypeVar("T")
 
 
 class Work(NamedTuple):
-    """flop: as written, which rates are made of. least: by Winograd, where that could be; what takes
-    less time than the machine needs for that much has left something out."""
+    """flop: as written, which rates are made of. least: by Winograd, where that could be.
+
+    What takes less time than the machine needs for the least has left something out.
+    """
 
     flop: float
     least: float
