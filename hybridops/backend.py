@@ -26,6 +26,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 _PACKAGE = Path(__file__).resolve().parent
 _BACKENDS = ("cpu", "triton", "cuda", "reference")
@@ -214,6 +215,8 @@ def which(op: str, x: Tensor, unserved: str | None = None, size: float = 0) -> s
         return "reference"
     names, reason = _kernels(op, x, size)
     reason = unserved or reason
+    if reason is None and _carries_tangents():
+        reason = "forward-mode differentiation"
     if _forced is not None:
         if reason or _forced not in names:
             why = reason or f"{op} on {x.device.type} is served by {' and '.join(names)}"
@@ -238,7 +241,7 @@ def _exports_to_onnx() -> bool:
 def packs(weight: Tensor) -> bool:
     """Whether the CPU library has an order of its own for this weight, and serves it."""
     return (
-        ISA is not None and _forced != "reference" and weight.is_cpu and weight.dtype in CPU_DTYPES
+        ISA is not None and not reference_forced() and weight.is_cpu and weight.dtype in CPU_DTYPES
     )
 
 
@@ -267,9 +270,9 @@ def _is_served_as_it_is(x: object) -> bool:
         and x.is_cpu
         and x.dtype in CPU_DTYPES
         and ISA is not None
-        and _forced != "reference"
         and not torch.is_autocast_enabled("cpu")
         and not is_captured()
+        and not reference_forced()
     )
 
 
@@ -279,8 +282,15 @@ below_autograd = torch._C._AutoDispatchBelowAutograd
 
 
 def reference_forced() -> bool:
-    """True inside `use("reference")`: modules then run child by child, as plain torch would."""
-    return _forced == "reference"
+    """True inside `use("reference")`: modules then run child by child, as plain torch would.
+
+    And inside torch.autograd.forward_ad.dual_level(), whose tangents a kernel would drop.
+    """
+    return _forced == "reference" or _carries_tangents()
+
+
+def _carries_tangents() -> bool:
+    return not torch.compiler.is_compiling() and forward_ad._current_level >= 0
 
 
 @contextmanager

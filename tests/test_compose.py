@@ -12,6 +12,7 @@ from check import accurate, same_bits
 from composed import MODELS, build, first
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.autograd import forward_ad
 from torch.func import functional_call
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
@@ -133,6 +134,21 @@ def gradients(model, run):
     outputs = [y for y in tree_leaves(run()) if isinstance(y, torch.Tensor)]
     sum(y.square().sum() for y in outputs).backward()
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_tangents_go_through_the_children(grad):
+    """Not through kernels, which would drop them, nor through weights that only kernels read."""
+    levit, images = build("levit")
+    direction = torch.randn_like(images)
+    with torch.set_grad_enabled(grad):
+        expected = levit(images)  # packs the weights
+        with forward_ad.dual_level():
+            y, tangent = forward_ad.unpack_dual(levit(forward_ad.make_dual(images, direction)))
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+    wide, step = copy.deepcopy(levit).double(), 1e-5 * direction.double()
+    slope = (wide(images + step) - wide(images - step)) / 2e-5
+    torch.testing.assert_close(tangent.double(), slope.detach(), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

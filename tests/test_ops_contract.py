@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import threading
 import warnings
+from contextlib import nullcontext
 
 import check
 import pytest
 import torch
 from cases import CASES, find
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import hybridops
-from hybridops import ops
+from hybridops import backend, ops
 from hybridops.bench import case as cases
 
 pytestmark = pytest.mark.usefixtures("nan_filled")
@@ -229,6 +231,37 @@ def test_a_door_records_in_one_step_what_torch_records(name, dtype, cpu_library)
     assert "GeneratedBackward" in z.grad_fn.name()
     assert "GeneratedBackward" not in y.grad_fn.name()
     assert all(map(check.same_bits, direct, torch.autograd.grad(z, wanted, dy)))
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "attention-levit_32_64",
+        "linear-everything",
+        "peg-gate",
+        "patch_embed-pos_all",
+        "conv_stem-levit",
+    ],
+)
+def test_tangents_are_never_dropped(name, grad, cpu_library):
+    """The kernels know none, so that inside dual_level() the reference serves."""
+    case = find(name)
+    inputs = case.make_inputs(torch.float32)
+    before = sum(backend.fallbacks.values())
+
+    def tangent(forced):
+        torch.manual_seed(1)
+        with torch.set_grad_enabled(grad), forward_ad.dual_level():
+            duals = {
+                n: forward_ad.make_dual(t, torch.randn_like(t)) if t.is_floating_point() else t
+                for n, t in inputs.items()
+            }
+            with hybridops.use("reference") if forced else nullcontext():
+                return forward_ad.unpack_dual(case.call(duals)).tangent
+
+    assert check.same_bits(tangent(False), tangent(True))
+    assert sum(backend.fallbacks.values()) > before
 
 
 NAN_CASES = [
