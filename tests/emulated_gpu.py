@@ -63,7 +63,8 @@ def serving():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(backend, "CPU_DTYPES", tuple(backend.GPU_DTYPES))
         patch.setattr(backend, "packs", lambda weight: False)  # nothing is packed on a GPU
-        patch.setattr(backend, "runs_at_once", lambda x: False)  # nor do tensors on a GPU
+        for name in ("runs_at_once", "records_at_once", "is_on_cpu"):
+            patch.setattr(backend, name, lambda x: False)  # as tensors on a GPU have it
         yield
     override._destroy()
 

@@ -87,7 +87,8 @@ def serving():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(backend, "available", lambda: ("triton", "reference"))
         patch.setattr(backend, "_kernels", _kernels)
-        patch.setattr(backend, "runs_at_once", lambda x: False)  # nor do tensors on a GPU
+        for name in ("runs_at_once", "records_at_once", "is_on_cpu"):
+            patch.setattr(backend, name, lambda x: False)  # as tensors on a GPU have it
         patch.setattr(backend, "ISA", None)  # nothing is packed
         patch.setattr(tuned, "TARGET_PROGRAMS", 16)  # each costs the interpreter a millisecond
         with (
