@@ -264,11 +264,6 @@ def records_at_once(x: object) -> bool:
     return torch.is_grad_enabled() and _is_served_as_it_is(x)
 
 
-def is_on_cpu(x: Tensor) -> bool:
-    """Whether x is the CPU library's. Where a test has it stand for a GPU's, no."""
-    return x.is_cpu
-
-
 def _is_served_as_it_is(x: object) -> bool:
     return (
         isinstance(x, Tensor)

@@ -14,6 +14,7 @@ import importlib.util
 import shutil
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -63,8 +64,10 @@ def serving():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(backend, "CPU_DTYPES", tuple(backend.GPU_DTYPES))
         patch.setattr(backend, "packs", lambda weight: False)  # nothing is packed on a GPU
-        for name in ("runs_at_once", "records_at_once", "is_on_cpu"):
-            patch.setattr(backend, name, lambda x: False)  # as tensors on a GPU have it
+        for name in ("runs_at_once", "records_at_once"):
+            patch.setattr(backend, name, lambda x: False)  # nor do tensors on a GPU
+        activation = import_module("hybridops.ops.activation")
+        patch.setattr(activation, "_has_kernel", lambda x: False)  # which is the CPU's alone
         yield
     override._destroy()
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import warnings
+from importlib import import_module
 
 import numpy as np
 import pytest
@@ -87,8 +88,10 @@ def serving():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(backend, "available", lambda: ("triton", "reference"))
         patch.setattr(backend, "_kernels", _kernels)
-        for name in ("runs_at_once", "records_at_once", "is_on_cpu"):
-            patch.setattr(backend, name, lambda x: False)  # as tensors on a GPU have it
+        for name in ("runs_at_once", "records_at_once"):
+            patch.setattr(backend, name, lambda x: False)  # nor do tensors on a GPU
+        activation = import_module("hybridops.ops.activation")
+        patch.setattr(activation, "_has_kernel", lambda x: False)  # which is the CPU's alone
         patch.setattr(backend, "ISA", None)  # nothing is packed
         patch.setattr(tuned, "TARGET_PROGRAMS", 16)  # each costs the interpreter a millisecond
         with (

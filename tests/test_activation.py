@@ -57,14 +57,27 @@ def test_corners_and_strides(cpu_library):
     )
 
 
-@pytest.mark.parametrize("kind", ["gelu", "hardswish"])
-def test_a_layer_that_records_keeps_its_product(kind, cpu_library):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gelu_ends_where_a_number_is_its_own(dtype, cpu_library):
+    x = torch.linspace(5.7, 6.0, 200).to(dtype)
+    x = torch.cat([x, torch.tensor([20, 3e4, 1e30, torch.finfo(dtype).max], dtype=dtype)])
+    assert same_bits(ops.activation(x, "gelu"), x)
+    assert (ops.activation(-x, "gelu") == 0).all()
+
+
+@pytest.mark.parametrize("op", ["linear", "attention"])
+@pytest.mark.parametrize("kind", ["relu", "gelu", "hardswish"])
+def test_a_layer_that_records_keeps_its_product(kind, op, cpu_library):
     """So that its gradient does not compute it again, with the numbers of one that records none."""
     up, x = torch.nn.Linear(24, 40), torch.randn(2, 9, 24)
     seen = []
 
     def run(x):
-        y = ops.linear(x, up.weight, up.bias, activation=kind, residual=None)
+        if op == "linear":
+            y = ops.linear(x, up.weight, up.bias, activation=kind)
+        else:
+            q = ops.linear(x, up.weight, up.bias).view(2, 9, 4, 10)
+            y = ops.attention(q, q, q, activation=kind)
         seen.append(y.grad_fn and y.grad_fn.name())
         return y
 
@@ -73,7 +86,7 @@ def test_a_layer_that_records_keeps_its_product(kind, cpu_library):
     apart = run(x)
     assert same_bits(fused, apart.detach())
     assert seen[0] is None
-    assert "activation" in seen[1]
+    assert ("Relu" if kind == "relu" else "activation") in seen[1]
     apart.square().sum().backward()
     kept = up.weight.grad.clone()
     up.weight.grad = None

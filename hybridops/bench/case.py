@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .. import ops
 from ..ops.layer import Weights
-from .work import WINOGRAD
+from .work import left_by_winograd
 
 Inputs = dict[str, Any]
 
@@ -420,7 +420,7 @@ class Conv3x3(BodyConv):
     size = 3
 
     def work_share(self, t):
-        return WINOGRAD[self.stride]
+        return left_by_winograd(self.stride)
 
 
 class Conv(NamedTuple):

@@ -9,10 +9,6 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
-# Of a 3 x 3 convolution's products, by stride, what Winograd's filtering leaves (ops/conv3x3.py):
-# of 2 x 4 outputs, and of 2 x 2.
-WINOGRAD = {1: 24 / 72, 2: 25 / 36}
-
 T = TypeVar("T")
 
 
@@ -26,6 +22,12 @@ class Work(NamedTuple):
     least: float
 
 
+def left_by_winograd(stride: int) -> float:
+    """Of a 3 x 3 convolution's products, the share that Winograd's filtering leaves
+    (ops/conv3x3.py): of 2 x 4 outputs for stride 1, of 2 x 2 for stride 2."""
+    return {1: 24 / 72, 2: 25 / 36}.get(stride, 1.0)
+
+
 def counted(run: Callable[[], T]) -> tuple[T, Work]:
     """run()'s result and its work, by the shapes that it sees."""
     spared = 0.0
@@ -36,7 +38,7 @@ def counted(run: Callable[[], T]) -> tuple[T, Work]:
         steps, groups = set(stride), rest[1]
         plain = groups == 1 and not transposed and set(dilation) == {1} and len(steps) == 1
         if plain and tuple(weight[2:]) == (3, 3):
-            spared += flop * (1 - WINOGRAD.get(steps.pop(), 1.0))
+            spared += flop * (1 - left_by_winograd(steps.pop()))
         return flop
 
     aten = torch.ops.aten

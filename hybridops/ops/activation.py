@@ -72,7 +72,7 @@ def behind(x: Tensor, code: int) -> Tensor:
 
 
 def _has_kernel(x: Tensor) -> bool:
-    return backend.is_on_cpu(x) and x.dtype == torch.float32
+    return x.is_cpu and x.dtype == torch.float32
 
 
 # door
