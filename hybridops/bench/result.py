@@ -18,7 +18,8 @@ from typing import Any
 from .stats import Summary
 
 SCHEMA = 1
-_ADDED = {"device": "cpu", "job": ""}  # keys that files of this schema may not have yet
+# Keys that files of this schema may not have yet
+_ADDED = {"device": "cpu", "job": "", "processes": 1}
 WRONG = ("FAILED", "MISTRUSTED", "INVALID")
 VERDICTS = ("OK", "FAST", "SAME", "SLOW", "AMBIGUOUS", *WRONG, "SKIPPED")
 
@@ -74,7 +75,8 @@ class Row:
     error_limit: float | None = None
     repeats: bool | None = None  # bit for bit
     others_cpu: float | None = None  # cores that other processes kept busy meanwhile
-    speedup: float | None = None  # in a peer's row: its time over ours
+    # In a peer's row its time over ours; of several processes the geometric mean of theirs
+    speedup: float | None = None
     speedup_low: float | None = None
     speedup_high: float | None = None
     device: str = "cpu"  # or the GPU's name
@@ -83,6 +85,7 @@ class Row:
     target_speedup: float | None = None  # a peer's row: what its suite asks of the speed-up
     stretch_speedup: float | None = None
     job: str = ""  # which comparison of a run this is
+    processes: int = 1  # that measured it
 
     def set_times(self, times: Summary) -> None:
         self.median_ms, self.p20_ms, self.p80_ms = (

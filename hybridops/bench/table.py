@@ -105,6 +105,8 @@ def _heading(row: Row) -> str:
     if row.layout != "contiguous":
         parts.append(row.layout)
     parts.append(f"{row.cache} cache, {row.clock}")
+    if row.processes > 1:
+        parts.append(f"{row.processes} processes")
     return "  ".join(parts)
 
 

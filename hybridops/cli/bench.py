@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..bench import jobs, peers, regress, result, roof, table
+from ..bench import jobs, peers, processes, regress, result, roof, table
 from ..bench.cases import CASES
 from ..bench.environment import environment
 from ..bench.sample import Settings
@@ -115,6 +115,42 @@ def _measure(planned: list[jobs.Job], arguments: argparse.Namespace) -> int:
     if arguments.save is not None:
         _saved(arguments.save)  # a bad name is refused before anything is measured
     need_folder(arguments.json, arguments.csv)
+    if arguments.processes > 1:
+        rows, code = _in_processes(arguments), 0
+    else:
+        rows, code = _here(planned, settings, arguments)
+    _write(rows, arguments)
+    code = code or result.exit_code(rows)
+    if base is not None:
+        code = _judge(base, rows, 0.05, fail=True) or code
+    return code
+
+
+def _in_processes(arguments: argparse.Namespace) -> list[result.Row]:
+    """The rows of all processes as one run's."""
+    if arguments.resume or arguments.stop_after is not None or arguments.dry_run:
+        raise UserError("--processes goes with none of --resume, --stop-after and --dry-run")
+    found: list[list[result.Row]] = []
+    try:
+        for rows in processes.in_processes(arguments):
+            found.append(rows)
+    except processes.ProcessFailed as error:
+        raise UserError(str(error)) from None
+    except KeyboardInterrupt:  # see _here
+        arguments.save = None
+        if found:
+            _write(processes.combined(found, arguments.max_noise), arguments)
+        raise
+    rows = processes.combined(found, arguments.max_noise)
+    if not arguments.quiet:
+        print(table.table(rows), flush=True)
+    return rows
+
+
+def _here(
+    planned: list[jobs.Job], settings: Settings, arguments: argparse.Namespace
+) -> tuple[list[result.Row], int]:
+    """Measure in this process: the rows, and the exit code 1 where the run ended early."""
     rows, planned = _earlier(planned, arguments)
     bar = table.Bar(len(planned), arguments.quiet)
     code = 0
@@ -141,11 +177,7 @@ def _measure(planned: list[jobs.Job], arguments: argparse.Namespace) -> int:
         if rows:
             _write(rows, arguments)
         raise
-    _write(rows, arguments)
-    code = code or result.exit_code(rows)
-    if base is not None:
-        code = _judge(base, rows, 0.05, fail=True) or code
-    return code
+    return rows, code
 
 
 def _earlier(
@@ -302,7 +334,10 @@ def add_arguments(bench: argparse.ArgumentParser) -> None:
     _common(model, "eager, compile")
 
     suite = add(
-        "run", "measure what a suite file asks for", "benchmarks/hot_paths.toml --save main"
+        "run",
+        "measure what a suite file asks for",
+        "benchmarks/hot_paths.toml --save main",
+        "benchmarks/targets_avx2.toml --processes 5 --timeout 3 --json targets.json",
     )
     suite.add_argument("suite", type=Path, metavar="SUITE.toml")
     _dry_run(suite)
@@ -363,6 +398,13 @@ def _measuring(command: argparse.ArgumentParser) -> None:
         metavar="S",
         help="seconds of rounds per comparison, at most (default: %(default)s)",
     )
+    command.add_argument(
+        "--processes",
+        type=_count,
+        default=1,
+        metavar="N",
+        help="measure all of it N times, in a process each; intervals then tell how those differ",
+    )
     command.add_argument("--cache", choices=("warm", "cold"), default="warm")
     command.add_argument("--json", type=Path, metavar="FILE", help="write the results as JSON")
     command.add_argument("--csv", type=Path, metavar="FILE", help="write the rows as CSV")
@@ -389,6 +431,13 @@ def _whole_list(text: str) -> list[int]:
     if not all(part.isdigit() and 0 < int(part) < 1 << 20 for part in parts):
         raise argparse.ArgumentTypeError(f"must be whole numbers from 1 on, got {text!r}")
     return [int(part) for part in parts]
+
+
+def _count(text: str) -> int:
+    count, *more = _whole_list(text)
+    if more:
+        raise argparse.ArgumentTypeError(f"must be one whole number from 1 on, got {text!r}")
+    return count
 
 
 def _sizes(text: str) -> list:
