@@ -92,6 +92,13 @@ def test_what_was_wrong_in_one_process_is_wrong():
     assert (peer.verdict, peer.reason, peer.speedup) == ("FAILED", "x", None)
 
 
+def test_where_ours_was_wrong_in_one_process_no_ratio_is_claimed():
+    good, wrong = peers(1.2, 1.3)
+    wrong[:] = [replace(OURS, verdict="INVALID"), replace(PEER, verdict="OK", speedup=None)]
+    ours, peer = processes.combined([good, wrong], 0.02)
+    assert (ours.verdict, peer.verdict, peer.speedup) == ("INVALID", "OK", None)
+
+
 def test_a_crowd_makes_no_verdict():
     found = peers(1.50, 1.51, 1.52, others_cpu=64.0)
     assert processes.combined(found, 0.02)[1].verdict == "AMBIGUOUS"

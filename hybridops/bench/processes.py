@@ -83,8 +83,10 @@ def combined(found: Sequence[Sequence[Row]], max_noise: float) -> list[Row]:
 
 def _combined(rows: list[Row], max_noise: float) -> Row:
     """Of one candidate in one comparison."""
-    worst = next((row for row in rows if row.verdict in (*WRONG, "SKIPPED")), rows[0])
-    one = replace(worst, processes=len(rows), repro=f"{worst.repro} --processes {len(rows)}")
+    bad = next((row for row in rows if row.verdict in (*WRONG, "SKIPPED")), None)
+    one = replace(bad or rows[0], processes=len(rows))
+    one.repro += f" --processes {len(rows)}"
+    one.speedup = one.speedup_low = one.speedup_high = None
     for name in _WORST:
         setattr(one, name, max(_known(rows, name), default=None))
     one.repeats = min(_known(rows, "repeats"), default=None)
@@ -94,12 +96,15 @@ def _combined(rows: list[Row], max_noise: float) -> Row:
     one.min_ms = min(_known(rows, "min_ms"), default=None)
     one.n = sum(_known(rows, "n")) or None
     speedups = _known(rows, "speedup")
-    one.speedup = one.speedup_low = one.speedup_high = None
-    if len(speedups) == len(rows):
-        one.speedup, one.speedup_low, one.speedup_high = found = stats.over_processes(speedups)
-        one.verdict, one.reason = stats.verdict(found, max_noise), None
-        if why := crowded(one.threads, one.others_cpu):
-            one.verdict, one.reason = "AMBIGUOUS", why
+    if bad or one.ours:
+        return one
+    if len(speedups) < len(rows):  # ours was wrong in one of them
+        one.verdict, one.reason = "OK", None
+        return one
+    one.speedup, one.speedup_low, one.speedup_high = found = stats.over_processes(speedups)
+    one.verdict, one.reason = stats.verdict(found, max_noise), None
+    if why := crowded(one.threads, one.others_cpu):
+        one.verdict, one.reason = "AMBIGUOUS", why
     return one
 
 

@@ -88,12 +88,16 @@ def over_processes(ratios: Sequence[float]) -> Ratio:
     return _student(logs, float(np.exp(logs.mean())))
 
 
+def student(n: int) -> float:
+    """Half of a mean's 95 % interval, in standard deviations of its n values, at least two."""
+    return _T[min(n - 1, len(_T)) - 1] / n**0.5
+
+
 def _student(logs: np.ndarray, value: float) -> Ratio:
     """The interval around `value` of a mean of these logarithms; of a single one anything."""
     if logs.size == 1:
         return Ratio(value, 0.0, math.inf)
-    t = _T[min(logs.size - 1, len(_T)) - 1]
-    factor = math.exp(t * float(logs.std(ddof=1)) / logs.size**0.5)
+    factor = math.exp(student(logs.size) * float(logs.std(ddof=1)))
     return Ratio(value, value / factor, value * factor)
 
 
