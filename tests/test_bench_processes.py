@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -104,6 +106,20 @@ def test_a_crowd_makes_no_verdict():
     assert processes.combined(found, 0.02)[1].verdict == "AMBIGUOUS"
     found = peers(1.50, 1.51, 1.52, others_cpu=0.0)
     assert processes.combined(found, 0.02)[1].verdict == "FAST"
+
+
+def test_the_interval_of_several_runs_is_that_of_all_their_processes():
+    path = Path(__file__).parent.parent / "benchmarks" / "tables.py"
+    spec = importlib.util.spec_from_file_location("tables", path)
+    assert spec
+    assert spec.loader
+    tables = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tables)
+    found = (1.1, 1.2, 1.35), (1.2, 1.25, 1.4)
+    rows = [processes.combined(peers(*run), 0.02)[1] for run in found]
+    assert tables.over_all(rows) == pytest.approx(stats.over_processes([*found[0], *found[1]]))
+    with pytest.raises(ValueError, match="several processes"):
+        tables.over_all([PEER])
 
 
 SMALL = ["op", "peg", "--shape", "H=4,W=4,C=8", "--threads", "1", "--min-time", "0.001"]
