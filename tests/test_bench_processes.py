@@ -14,6 +14,7 @@ from test_bench_report import OURS, PEER, document
 
 from hybridops.bench import processes, result, stats
 from hybridops.bench.report import write_report
+from hybridops.bench.table import table
 
 
 def peers(*speedups: float, **changed) -> list[list[result.Row]]:
@@ -64,7 +65,7 @@ def test_no_ratios_are_refused():
         stats.over_processes([])
 
 
-def test_ratios_are_averaged_and_their_spread_is_the_interval():
+def test_ratios_are_averaged_and_their_spread_is_the_interval(tmp_path):
     ours, peer = processes.combined(peers(1.2, 1.5, 1.3, n=7), 0.02)
     logs = np.log([1.2, 1.5, 1.3])
     half = 4.303 * logs.std(ddof=1) / 3**0.5
@@ -75,6 +76,10 @@ def test_ratios_are_averaged_and_their_spread_is_the_interval():
     assert (peer.processes, peer.n, peer.verdict) == (3, 21, "AMBIGUOUS")
     assert peer.repro == f"{PEER.repro} --processes 3"
     assert ours.speedup is None
+    assert table([ours, peer]).count("3 processes") == 1
+    result.write_json(document(ours, peer), tmp_path / "r.json")
+    write_report([tmp_path / "r.json"], tmp_path / "r.html")
+    assert "3 processes" in (tmp_path / "r.html").read_text()
 
 
 def test_times_are_medians_and_of_errors_the_worst_counts():

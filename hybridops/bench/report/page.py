@@ -80,6 +80,7 @@ def machine(env: dict[str, Any]) -> str:
 def panel_title(run: Run, row: Row) -> str:
     facts = [row.name, row.mode, row.dtype, many(row.threads, "thread")]
     facts += [row.layout] * (row.layout != "contiguous") + ["cold cache"] * (row.cache == "cold")
+    facts += [f"{row.processes} processes"] * (row.processes > 1)
     return " · ".join([*facts, *[run.name] * bool(run.name)])
 
 

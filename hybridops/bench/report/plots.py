@@ -41,7 +41,7 @@ def speed(runs: Sequence[Run]) -> str:
     ]
     return (
         "<p>The peer's time over ours, on a logarithmic axis; the thin line is the 95 % interval "
-        "from rounds in which both ran.</p>"
+        "from rounds in which both ran, or from how several processes differ.</p>"
         f'<ul class="legend">{key}</ul><br>' + grid(drawn, sum(map(len, panels.values())))
     )
 
