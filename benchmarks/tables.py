@@ -1,8 +1,9 @@
 """The tables of docs/performance.md, from the results of several runs of one suite:
 
-    python benchmarks/tables.py benchmarks/results/cpu/targets_avx2*.json
+    python benchmarks/tables.py benchmarks/results/cpu/targets_avx2_processes*.json
 
-A ratio is that over the processes of all runs, with its 95 % interval (Student's, of logarithms);
+Each run is one of several processes (`hybridops bench run SUITE.toml --processes 3 --json FILE`). A
+ratio is that over the processes of all runs, with its 95 % interval (Student's, of logarithms);
 behind it stand the runs' own. Two runs agree on a ratio where their intervals overlap.
 """
 
@@ -48,6 +49,8 @@ def main() -> None:
             parser.error(f"{path} has {len(run)} comparisons, {paths[0]} {len(runs[0])}")
         if not all(rows["hybridops"].median_ms for rows in run):
             parser.error(f"{path}: ours was not timed in every comparison")
+        if any(row.processes < 2 for rows in run for row in rows.values()):
+            parser.error(f"{path} is of one process; it takes a run with --processes 2 or more")
     comparisons = list(zip(*runs, strict=True))
     peers = [p for p in NAMES if any(p in run for runs in comparisons for run in runs)]
     print(_table(comparisons, peers))

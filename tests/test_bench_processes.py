@@ -113,7 +113,7 @@ def test_a_crowd_makes_no_verdict():
     assert processes.combined(found, 0.02)[1].verdict == "FAST"
 
 
-def test_the_interval_of_several_runs_is_that_of_all_their_processes():
+def test_the_interval_of_several_runs_is_that_of_all_their_processes(tmp_path, monkeypatch, capsys):
     path = Path(__file__).parent.parent / "benchmarks" / "tables.py"
     spec = importlib.util.spec_from_file_location("tables", path)
     assert spec
@@ -125,6 +125,11 @@ def test_the_interval_of_several_runs_is_that_of_all_their_processes():
     assert tables.over_all(rows) == pytest.approx(stats.over_processes([*found[0], *found[1]]))
     with pytest.raises(ValueError, match="several processes"):
         tables.over_all([PEER])
+    result.write_json(document(OURS, PEER), tmp_path / "one.json")
+    monkeypatch.setattr("sys.argv", ["tables.py", str(tmp_path / "one.json")])
+    with pytest.raises(SystemExit):
+        tables.main()
+    assert "of one process" in capsys.readouterr().err
 
 
 SMALL = ["op", "peg", "--shape", "H=4,W=4,C=8", "--threads", "1", "--min-time", "0.001"]

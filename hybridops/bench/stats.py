@@ -66,7 +66,7 @@ def ratio(
         )
     value = float(np.median(a) / np.median(b))
     if a.size <= FEW:
-        return _student(np.log(a / b), value)
+        return _around(np.log(a / b), value)
     n = a.size
     length = max(1, round(n**0.5))
     blocks = -(-n // length)
@@ -85,7 +85,7 @@ def over_processes(ratios: Sequence[float]) -> Ratio:
     if not len(ratios):
         raise ValueError("over_processes: needs at least one ratio")
     logs = np.log(np.asarray(ratios, dtype=float))
-    return _student(logs, float(np.exp(logs.mean())))
+    return _around(logs, float(np.exp(logs.mean())))
 
 
 def student(n: int) -> float:
@@ -93,7 +93,7 @@ def student(n: int) -> float:
     return _T[min(n - 1, len(_T)) - 1] / n**0.5
 
 
-def _student(logs: np.ndarray, value: float) -> Ratio:
+def _around(logs: np.ndarray, value: float) -> Ratio:
     """The interval around `value` of a mean of these logarithms; of a single one anything."""
     if logs.size == 1:
         return Ratio(value, 0.0, math.inf)
